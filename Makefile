@@ -1,0 +1,27 @@
+# make setup | demo | test | test-all | lint. `make setup VENV=DIR` uses another environment.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.agvm_d2
+
+D2_WHEEL := sal-detectron2==0.7.2
+DEMO_CONFIG := configs/Digits-Detection/faster_rcnn_thin_R_50_FPN_bs64_agvm.yaml
+
+.PHONY: setup demo test test-all lint clean
+setup: $(STAMP)
+
+# The stamp comes last, so an interrupted set-up starts over. A Detectron2 that $(PYTHON) already
+# imports is kept; otherwise the wheel goes in: its Python files are Detectron2's main branch, only
+# its compiled part is tied to the CPython 3.10 of its tag.
+$(STAMP): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "agvm_d2 needs Python 3.10 or newer; found: $$($(PYTHON) --version). Try make PYTHON=python3.11"; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv \
+	  $$($(PYTHON) -c 'import detectron2' 2>/dev/null && echo --system-site-packages) $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check \
+	  --editable '.[digits,test'$$($(PY) -c 'import detectron2' 2>/dev/null || echo ,detectron2)']'
+	$(PY) -c 'import detectron2' 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check \
+	  --no-deps --only-binary=:all: --implementation cp --python-version 3.10 \
+	  --target "$$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" $(D2_WHEEL)
+	$(PY) -c 'import detectron2.engine'
+	@touch $@

@@ -1,0 +1,171 @@
+"""Every config key of this package, and the checks that name a bad one."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import torch
+from detectron2.config import CfgNode as CN
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+MODES = ("modulate", "monitor")
+ESTIMATORS = ("pairwise", "split")
+OPTIMIZERS = ("SGD", "ADAMW")
+CLIP_TYPES = ("value", "norm", "full_model")
+WARMUP_METHODS = ("constant", "linear", "exp")
+
+
+def add_agvm_config(cfg: CN) -> None:
+    """Add this package's keys to a Detectron2 config."""
+    cfg.AGVM = CN()
+    cfg.AGVM.ENABLED = True
+    # "modulate" scales learning rates; "monitor" measures and logs, and training is untouched.
+    cfg.AGVM.MODE = "modulate"
+    # "pairwise" uses all pairs of workers (or micro-batches); "split" two halves, as the paper does.
+    cfg.AGVM.ESTIMATOR = "pairwise"
+    # Iterations from one measurement to the next.
+    cfg.AGVM.INTERVAL = 10
+    # First measured iteration; -1: 100 iterations after warm-up.
+    cfg.AGVM.START_ITER = -1
+    # From here on nothing is measured and factors are 1 again; -1: never.
+    cfg.AGVM.STOP_ITER = -1
+    # Of the factors' moving average.
+    cfg.AGVM.MOMENTUM = 0.97
+    # Bounds of the variance ratio; factors approach its square root.
+    cfg.AGVM.RATIO_RANGE = (0.5, 10.0)
+    # The module whose gradient variance the others are brought to.
+    cfg.AGVM.ANCHOR = "backbone"
+    # Pairs (module, regex at the start of a parameter's name), first match wins; (): by architecture.
+    cfg.AGVM.MODULES = ()
+
+    # "SGD" or "ADAMW".
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # Images of one forward and backward pass on one worker, gradients averaged over the worker's
+    # share of IMS_PER_BATCH; 0: all at once.
+    cfg.SOLVER.MICRO_BATCH_SIZE = 0
+    # Iterations [first, last) in which CLIP_GRADIENTS works; (): always. CLIP_TYPE may also be
+    # "full_model", the norm over all parameters together.
+    cfg.SOLVER.CLIP_GRADIENTS.ITER_RANGE = ()
+    # SOLVER.WARMUP_METHOD may also be "exp": the learning rate grows by a constant factor.
+
+
+def _one_of(key: str, value, allowed) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key}: found {value!r}, but it must be one of {', '.join(allowed)}.")
+
+
+def _check(ok: bool, key: str, value, need: str) -> None:
+    if not ok:
+        raise ValueError(f"{key}: found {value!r}, but {need}.")
+
+
+def _is_number(*values) -> bool:
+    return all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+
+
+def micro_batches(cfg: CN, num_workers: int) -> int:
+    """Forward/backward passes of one worker in one iteration.
+
+    Raises:
+        ValueError: SOLVER.IMS_PER_BATCH cannot be cut into equal workers and micro-batches.
+    """
+    batch, micro = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MICRO_BATCH_SIZE
+    _check(batch > 0, "SOLVER.IMS_PER_BATCH", batch, "it must be positive")
+    _check(
+        batch % num_workers == 0,
+        "SOLVER.IMS_PER_BATCH",
+        batch,
+        f"it must be divisible by the number of workers, {num_workers}",
+    )
+    _check(micro >= 0, "SOLVER.MICRO_BATCH_SIZE", micro, "it must be 0 (off) or positive")
+    share = batch // num_workers
+    _check(
+        micro == 0 or share % micro == 0,
+        "SOLVER.MICRO_BATCH_SIZE",
+        micro,
+        f"it must divide the images of one worker: SOLVER.IMS_PER_BATCH {batch} / {num_workers} "
+        f"workers = {share}",
+    )
+    return share // micro if micro else 1
+
+
+def check_config(cfg: CN, num_workers: int) -> None:
+    """
+    Raises:
+        ValueError: names the key, what was found and what it must be.
+    """
+    if "AGVM" not in cfg:
+        raise ValueError("The config has no AGVM keys: call add_agvm_config(cfg) after get_cfg().")
+    agvm, solver = cfg.AGVM, cfg.SOLVER
+    _one_of("AGVM.MODE", agvm.MODE, MODES)
+    _one_of("AGVM.ESTIMATOR", agvm.ESTIMATOR, ESTIMATORS)
+    _check(agvm.INTERVAL >= 1, "AGVM.INTERVAL", agvm.INTERVAL, "it must be at least 1")
+    for key in ("START_ITER", "STOP_ITER"):
+        _check(agvm[key] >= -1, f"AGVM.{key}", agvm[key], "it must be -1 or an iteration")
+    _check(0 <= agvm.MOMENTUM < 1, "AGVM.MOMENTUM", agvm.MOMENTUM, "it must be in [0, 1)")
+    bounds = tuple(agvm.RATIO_RANGE)
+    _check(
+        len(bounds) == 2 and _is_number(*bounds) and 0 < bounds[0] <= 1 <= bounds[1],
+        "AGVM.RATIO_RANGE",
+        bounds,
+        "it must be two numbers (low, high) with 0 < low <= 1 <= high",
+    )
+    for rule in agvm.MODULES:
+        _check(
+            isinstance(rule, (tuple, list))
+            and len(rule) == 2
+            and all(isinstance(part, str) for part in rule),
+            "AGVM.MODULES",
+            rule,
+            "each entry must be a pair (module name, regex)",
+        )
+        try:
+            re.compile(rule[1])
+        except re.error as error:
+            raise ValueError(
+                f"AGVM.MODULES: '{rule[1]}' of module '{rule[0]}' is not a regex: {error}."
+            ) from None
+    _one_of("SOLVER.OPTIMIZER", solver.OPTIMIZER, OPTIMIZERS)
+    _one_of("SOLVER.WARMUP_METHOD", solver.WARMUP_METHOD, WARMUP_METHODS)
+    clip = solver.CLIP_GRADIENTS
+    _one_of("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip.CLIP_TYPE, CLIP_TYPES)
+    window = tuple(clip.ITER_RANGE)
+    _check(
+        not window or (len(window) == 2 and _is_number(*window) and window[0] < window[1]),
+        "SOLVER.CLIP_GRADIENTS.ITER_RANGE",
+        window,
+        "it must be () or two iterations (first, last) with first < last",
+    )
+    micro_batches(cfg, num_workers)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"MODEL.DEVICE: found '{cfg.MODEL.DEVICE}', but this machine has no usable CUDA device. "
+            "To run on a CPU, add to the command: MODEL.DEVICE cpu"
+        )
+
+
+def check_datasets(names) -> None:
+    """
+    Raises:
+        ValueError: a name that is not registered.
+        FileNotFoundError: a registered dataset whose files are not there.
+    """
+    for name in names:
+        if name not in DatasetCatalog.list():
+            near = [n for n in DatasetCatalog.list() if n.split("_")[0] == name.split("_")[0]]
+            raise ValueError(
+                f"DATASETS: '{name}' is not a registered dataset. Registered ones that look alike: "
+                f"{', '.join(near) or 'none'}; all of them: detectron2.data.DatasetCatalog.list()."
+            )
+        meta = MetadataCatalog.get(name)
+        if meta.get("made_on_first_use", False):
+            continue
+        for key in ("json_file", "image_root", "panoptic_json", "panoptic_root", "sem_seg_root"):
+            path = meta.get(key, "")
+            if path and "://" not in path and not os.path.exists(path):
+                raise FileNotFoundError(
+                    f"DATASETS: '{name}' needs '{path}' ({key}), which is not there. Put the "
+                    "dataset under the folder that the environment variable DETECTRON2_DATASETS "
+                    "names (./datasets without it), laid out as Detectron2's docs say."
+                )

@@ -1,0 +1,182 @@
+"""The bundled dataset: real handwritten digits on real texture, in COCO format.
+
+The digits are scikit-learn's `load_digits` (UCI, 1,797 samples of 8x8), the texture its two sample
+photographs. Train and val share neither: val has the last 360 digits and the right quarter of each
+photograph. Made on first use, deterministic, under $DETECTRON2_DATASETS (or ./datasets).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from iopath.common.file_io import file_lock
+from PIL import Image
+
+VERSION = "v1"  # of what the folder holds: a new one for every change below
+SIZE = 96
+CLASSES = [str(digit) for digit in range(10)]
+SPLITS = {"train": 2000, "val": 300}
+TRAIN_DIGITS = 1437
+MIN_VISIBLE = 0.5  # of a digit's pixels, else a later one is not pasted over it
+
+
+def root() -> str:
+    datasets = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+    return os.path.join(datasets, f"digits_{VERSION}")
+
+
+def register() -> None:
+    """Register `digits_train` and `digits_val`."""
+    for split in SPLITS:
+        name = f"digits_{split}"
+        json_file = os.path.join(root(), "annotations", f"instances_{split}.json")
+        image_root = os.path.join(root(), split)
+        DatasetCatalog.register(name, lambda f=json_file, r=image_root, n=name: _load(f, r, n))
+        MetadataCatalog.get(name).set(
+            json_file=json_file,
+            image_root=image_root,
+            evaluator_type="coco",
+            thing_classes=CLASSES,
+            made_on_first_use=True,
+        )
+
+
+def _load(json_file: str, image_root: str, name: str) -> list[dict]:
+    make(root())
+    return load_coco_json(json_file, image_root, name)
+
+
+def make(folder: str, splits: dict[str, int] = SPLITS) -> None:
+    """Make the dataset in `folder` unless it is there. All of it appears at once, by a rename, so
+    an interrupted or parallel first use leaves no half of it.
+
+    Args:
+        splits: split -> number of images.
+
+    Raises:
+        OSError: the folder cannot be written.
+        ImportError: scikit-learn is missing.
+    """
+    if os.path.isdir(folder):
+        return
+    folder = os.path.abspath(folder)
+    try:
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        with file_lock(folder):  # one of several workers makes it, the others wait
+            if os.path.isdir(folder):
+                return
+            temporary = tempfile.mkdtemp(prefix=folder + ".making-")
+            try:
+                for split, num_images in splits.items():
+                    _make_split(temporary, split, num_images)
+                os.chmod(temporary, 0o755)
+                os.rename(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise OSError(
+            f"The digits dataset cannot be made in '{folder}': {error}. Set the environment variable "
+            "DETECTRON2_DATASETS to a folder that can be written."
+        ) from error
+
+
+def _make_split(folder: str, split: str, num_images: int) -> None:
+    from sklearn.datasets import load_digits, load_sample_images
+
+    train = split == "train"
+    digits = load_digits()
+    half = slice(0, TRAIN_DIGITS) if train else slice(TRAIN_DIGITS, None)
+    glyphs = np.pad(digits.images[half] * (255 / 16), ((0, 0), (1, 1), (1, 1))).astype(np.uint8)
+    samples = list(zip(glyphs, digits.target[half].tolist(), strict=True))
+    photos = load_sample_images().images
+    cuts = [photo.shape[1] * 3 // 4 for photo in photos]
+    photos = [p[:, :c] if train else p[:, c:] for p, c in zip(photos, cuts, strict=True)]
+
+    rng = np.random.default_rng(0 if train else 1)
+    os.makedirs(os.path.join(folder, split))
+    os.makedirs(os.path.join(folder, "annotations"), exist_ok=True)
+    images, annotations = [], []
+    for image_id in range(1, num_images + 1):
+        picture, digits_in_it = _draw(rng, photos, samples)
+        file_name = f"{image_id:06d}.png"
+        Image.fromarray(picture).save(os.path.join(folder, split, file_name), compress_level=1)
+        images.append({"id": image_id, "file_name": file_name, "width": SIZE, "height": SIZE})
+        for label, mask in digits_in_it:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": label + 1,
+                    "iscrowd": 0,
+                    **_outline(mask),
+                }
+            )
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
+    info = {"description": "handwritten digits (UCI, CC BY 4.0) on scikit-learn's photographs"}
+    coco = {"info": info, "images": images, "annotations": annotations, "categories": categories}
+    with open(os.path.join(folder, "annotations", f"instances_{split}.json"), "w") as f:
+        f.write(json.dumps(coco))
+
+
+def _draw(rng: np.random.Generator, photos, samples) -> tuple[np.ndarray, list]:
+    """One picture (SIZE, SIZE, 3) uint8 and its digits [(label, visible mask)]."""
+    photo = photos[rng.integers(len(photos))]
+    crop = int(rng.integers(SIZE // 2, min(photo.shape[:2]) + 1))
+    y, x = (int(rng.integers(0, length - crop + 1)) for length in photo.shape[:2])
+    ground = Image.fromarray(photo[y : y + crop, x : x + crop])
+    picture = np.asarray(ground.resize((SIZE, SIZE), Image.Resampling.BILINEAR), dtype=np.float32)
+    picture = picture * rng.uniform(0.5, 1.0)
+
+    found: list[tuple[int, np.ndarray]] = []
+    areas: list[int] = []
+    for _ in range(int(rng.integers(2, 8))):
+        glyph, label = samples[rng.integers(len(samples))]
+        size = int(rng.integers(16, 49))  # with a margin of 1/10 on each side
+        ink = np.zeros((SIZE, SIZE), np.float32)
+        top, left = rng.integers(0, SIZE - size + 1, 2)
+        ink[top : top + size, left : left + size] = np.asarray(
+            Image.fromarray(glyph).resize((size, size), Image.Resampling.BICUBIC),
+            dtype=np.float32,
+        )
+        ink /= 255
+        mask = ink > 0.5
+        visible = [m & ~mask for _, m in found]
+        hides = any(v.sum() < MIN_VISIBLE * a for v, a in zip(visible, areas, strict=True))
+        if hides or not mask.any():
+            continue
+        found = [(seen, v) for (seen, _), v in zip(found, visible, strict=True)]
+        found.append((label, mask))
+        areas.append(int(mask.sum()))
+        # A colour away from the ground's, so that a digit can be told from it.
+        mean = picture[mask].mean(0)
+        colour = rng.uniform(0, 255, 3)
+        colour = np.where(np.abs(colour - mean) < 70, (mean + 128) % 256, colour)
+        picture = picture * (1 - ink[..., None]) + colour * ink[..., None]
+    picture = picture + rng.normal(0, 4, picture.shape)
+    return picture.round().clip(0, 255).astype(np.uint8), found
+
+
+def _outline(mask: np.ndarray) -> dict:
+    """COCO's `segmentation` (outer polygons), `area` and `bbox` of a boolean mask."""
+    from contourpy import FillType, contour_generator
+
+    padded = np.pad(mask, 1).astype(np.float64)
+    centers = np.arange(-1, SIZE + 1) + 0.5  # pixel i covers [i, i + 1]
+    contours = contour_generator(centers, centers, padded, fill_type=FillType.OuterOffset)
+    polygons = [
+        points[offsets[0] : offsets[1] - 1]
+        for points, offsets in zip(*contours.filled(0.5, 2.0), strict=True)
+    ]
+    corners = np.concatenate(polygons)
+    (x0, y0), (x1, y1) = corners.min(0), corners.max(0)
+    return {
+        "segmentation": [p.round(2).ravel().tolist() for p in polygons],
+        "area": float(mask.sum()),
+        "bbox": [round(float(v), 2) for v in (x0, y0, x1 - x0, y1 - y0)],
+    }

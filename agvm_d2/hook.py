@@ -1,0 +1,251 @@
+"""AGVMHook: measures on some iterations, scales learning rates around optimizer.step."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from .config import micro_batches as micro_batches_of
+from .modulator import Modulator
+from .modules import Rules, assign_modules
+from .moments import adam_precondition, build_tap
+from .variance import noise_scale
+
+logger = logging.getLogger("detectron2.agvm_d2")  # takes Detectron2's handlers
+
+
+class AGVMHook(HookBase):
+    """Adaptive Gradient Variance Modulator (NeurIPS 2022, arXiv 2210.11078) as a Detectron2 hook.
+
+    Every `interval` iterations it measures the gradient variance of each module, and in every
+    iteration it multiplies the learning rates by the modules' factors for the one step. Register it
+    right after `hooks.LRScheduler`. A loop without a trainer calls `before_train`, and in each
+    iteration `before_step`, `after_backward` (before clipping) and `after_step`, inside an
+    EventStorage.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        modules: Rules = (),
+        anchor: str = "backbone",
+        mode: str = "modulate",
+        interval: int = 10,
+        start_iter: int = 0,
+        stop_iter: int = -1,
+        momentum: float = 0.97,
+        ratio_range: tuple[float, float] = (0.5, 10.0),
+        micro_batches: int = 1,
+        batch_size: int | None = None,
+        log_period: int = 20,
+    ):
+        """
+        Args:
+            model: the model being trained; with several workers, inside DistributedDataParallel.
+            optimizer: its optimizer, each group of one module (`split_param_groups`).
+            modules: rules as for `assign_modules`.
+            mode: "modulate", or "monitor" to measure and log only.
+            micro_batches: backward passes of one worker in one iteration. Above 1 the training loop
+                calls `after_micro_batch` after each, as `MicroBatchTrainer` does.
+            batch_size: images of one iteration over all workers, the unit of the noise scale, which
+                is not logged without it.
+            log_period: iterations between two lines in the log.
+            anchor, interval, start_iter, stop_iter, momentum, ratio_range: see `Modulator`.
+
+        Raises:
+            ValueError: a bad rule or anchor, a group of several modules, an unknown mode.
+        """
+        if mode not in ("modulate", "monitor"):
+            raise ValueError(f"AGVM.MODE: found '{mode}'; it must be modulate or monitor.")
+        self._model = model
+        self._optimizer = optimizer
+        self._modules = assign_modules(model, modules)
+        self._mode = mode
+        self._micro_batches = micro_batches
+        self._batch_size = batch_size
+        self._log_period = log_period
+        self.modulator = Modulator(
+            list(self._modules), anchor, momentum, ratio_range, interval, start_iter, stop_iter
+        )
+        self._group_module = self._match_groups()
+        self._tap = None
+        self._handles: list = []
+        self._depth = 0
+        self._saved_lrs: list | None = None
+        self._measured = False
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+        agvm = cfg.AGVM
+        start = agvm.START_ITER if agvm.START_ITER >= 0 else cfg.SOLVER.WARMUP_ITERS + 100
+        if start >= cfg.SOLVER.MAX_ITER:
+            logger.warning(
+                f"AGVM starts at iteration {start}, but training ends at SOLVER.MAX_ITER "
+                f"{cfg.SOLVER.MAX_ITER}: nothing will be measured. Set AGVM.START_ITER."
+            )
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "modules": agvm.MODULES,
+            "anchor": agvm.ANCHOR,
+            "mode": agvm.MODE,
+            "interval": agvm.INTERVAL,
+            "start_iter": start,
+            "stop_iter": agvm.STOP_ITER,
+            "momentum": agvm.MOMENTUM,
+            "ratio_range": tuple(agvm.RATIO_RANGE),
+            "micro_batches": micro_batches_of(cfg, comm.get_world_size()),
+            "batch_size": cfg.SOLVER.IMS_PER_BATCH,
+        }
+
+    def _match_groups(self) -> list[int]:
+        """The module index of each param group; -1 for a group of frozen parameters."""
+        owner = {p: i for i, ps in enumerate(self._modules.values()) for p in ps}
+        matched = []
+        for i, group in enumerate(self._optimizer.param_groups):
+            found = sorted({owner[p] for p in group["params"] if p in owner})
+            if len(found) > 1:
+                names = [self.modulator.names[k] for k in found]
+                raise ValueError(
+                    f"Group {i} of the optimizer mixes the modules {', '.join(names)}, so they "
+                    "cannot have learning rates of their own. Call "
+                    "split_param_groups(optimizer, model) before the LR scheduler is built."
+                )
+            matched.append(found[0] if found else -1)
+        return matched
+
+    # Training, in the order of events.
+
+    def before_train(self) -> None:
+        workers = comm.get_world_size()
+        units = workers * self._micro_batches
+        sizes = ", ".join(
+            f"{name} {sum(p.numel() for p in params):,}" for name, params in self._modules.items()
+        )
+        logger.info(f"AGVM ({self._mode}): parameters of each module: {sizes}")
+        if units < 2:
+            logger.warning(
+                "AGVM needs at least two gradients in an iteration to measure a variance, but there "
+                "is one worker and one micro-batch: training goes on with factors of 1. Use two or "
+                "more workers (--num-gpus 2), or set SOLVER.MICRO_BATCH_SIZE below "
+                "SOLVER.IMS_PER_BATCH."
+            )
+            return
+        optimizer = self._optimizer
+        adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+        if self._tap is None:  # train() may be called again
+            precondition = adam_precondition(optimizer) if adam else None
+            self._tap = build_tap(self._model, self._modules, self._micro_batches, precondition)
+            inner = getattr(self.trainer, "_trainer", None)
+            if inner is not None:  # DefaultTrainer calls after_backward on its inner trainer's hooks
+                inner.register_hooks([_Forward(self)])
+        logger.info(
+            f"AGVM: K = {workers} workers x {self._micro_batches} micro-batches = {units} gradients; "
+            f"measuring every {self.modulator.interval} iterations from "
+            f"{self.modulator.start_iter} on, by {type(self._tap).__name__}"
+        )
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before_optimizer_step),
+            optimizer.register_step_post_hook(self._after_optimizer_step),
+        ]
+
+    def before_step(self) -> None:
+        self._depth, self._measured = 0, False
+        if self._tap is not None and self.modulator.due(get_event_storage().iter):
+            self._tap.start()
+
+    def after_micro_batch(self, weight: float) -> None:
+        """One of several backward passes ended; its loss was multiplied by `weight`."""
+        if self._tap is not None and self._tap.measuring:
+            self._tap.unit_done(weight)
+
+    def after_backward(self) -> None:
+        """`.grad` holds the average over workers and micro-batches, not yet clipped or unscaled."""
+        if self._tap is not None and self._tap.measuring:
+            self._tap.average_done()
+
+    def _before_optimizer_step(self, optimizer, args, kwargs) -> None:
+        # torch patches `step` once a class, so a subclass that calls super().step fires twice.
+        self._depth += 1
+        if self._depth > 1:
+            return
+        if self._tap.measuring:
+            self.modulator.update(self._tap.collect())
+            self._measured = True
+        if self._mode == "modulate" and self.modulator.active(get_event_storage().iter):
+            self._saved_lrs = [group["lr"] for group in optimizer.param_groups]
+            factors = self.modulator.factors.tolist()
+            for group, module in zip(optimizer.param_groups, self._group_module, strict=True):
+                if module >= 0:
+                    group["lr"] = group["lr"] * factors[module]  # a new object: lr may be a tensor
+
+    def _after_optimizer_step(self, optimizer, args, kwargs) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._restore_lrs()
+
+    def _restore_lrs(self) -> None:
+        if self._saved_lrs is not None:
+            for group, lr in zip(self._optimizer.param_groups, self._saved_lrs, strict=True):
+                group["lr"] = lr
+            self._saved_lrs = None
+
+    def after_step(self) -> None:
+        if self._tap is None:
+            return
+        self._tap.stop()  # where a GradScaler skipped the step
+        storage, modulator = get_event_storage(), self.modulator
+        if self._measured:
+            scalars = {"variance": modulator.variance, "lr_scale": modulator.factors}
+            if self._batch_size:
+                scalars["noise_scale"] = self.noise_scale()
+            for kind, values in scalars.items():
+                for name, value in zip(modulator.names, values.tolist(), strict=True):
+                    if value == value:  # NaN: no gradient, or not measurable
+                        storage.put_scalar(f"agvm/{kind}/{name}", value, smoothing_hint=False)
+        last = modulator.num_units and not modulator.variance.isnan().all()
+        if last and (storage.iter + 1) % self._log_period == 0:
+            line = "  ".join(
+                f"{name} {variance:.3f} x{factor:.3f}"
+                for name, variance, factor in zip(
+                    modulator.names, modulator.variance, modulator.factors, strict=True
+                )
+            )
+            logger.info(f"AGVM: variance and LR factor  {line}")
+
+    def noise_scale(self) -> torch.Tensor:
+        """B_simple of each module in images, from the averaged moments; NaN where not measurable."""
+        modulator, units = self.modulator, self.modulator.num_units
+        return noise_scale(modulator.unit_sq, modulator.mean_sq, units, self._batch_size / units)
+
+    def after_train(self) -> None:
+        """Leave the optimizer as it was, also after an exception in the middle of a step."""
+        self._restore_lrs()
+        if self._tap is not None:
+            self._tap.stop()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def state_dict(self) -> dict:
+        return self.modulator.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.modulator.load_state_dict(state)
+
+
+class _Forward(HookBase):
+    """Passes an inner trainer's events on to an AGVMHook, which belongs to the outer one."""
+
+    def __init__(self, hook: AGVMHook):
+        self.after_backward = hook.after_backward
+        self.after_micro_batch = hook.after_micro_batch

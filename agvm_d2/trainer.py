@@ -1,0 +1,213 @@
+"""AGVM and micro-batches in Detectron2's trainers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, defaults, hooks
+from detectron2.evaluation import (
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+from detectron2.utils import comm
+from torch.nn.parallel import DistributedDataParallel
+
+from .config import check_config, micro_batches
+from .hook import AGVMHook
+from .solver import build_lr_scheduler, build_optimizer, split_param_groups
+
+
+class MicroBatchTrainer(SimpleTrainer):
+    """SimpleTrainer, or AMPTrainer with a GradScaler, that cuts the loader's batch into micro-batches.
+
+    Gradients are averaged by image count, so a step is that of the whole batch (up to layers and
+    losses that look at several images, such as BatchNorm). DDP communicates once, in the last pass.
+    """
+
+    def __init__(
+        self,
+        model,
+        data_loader,
+        optimizer,
+        micro_batch_size: int,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        precision: torch.dtype | None = None,
+    ):
+        """
+        Args:
+            micro_batch_size: images of one forward and backward pass.
+            grad_scaler: scales the loss, for float16.
+            precision: dtype of autocast; None: off.
+        """
+        super().__init__(model, data_loader, optimizer)
+        self.micro_batch_size = micro_batch_size
+        self.grad_scaler = grad_scaler
+        self.precision = precision
+
+    def run_step(self) -> None:
+        assert self.model.training, "[MicroBatchTrainer] model was changed to eval mode!"
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        pieces = [
+            data[i : i + self.micro_batch_size] for i in range(0, len(data), self.micro_batch_size)
+        ]
+        ddp = isinstance(self.model, DistributedDataParallel)
+        self.optimizer.zero_grad()
+        totals: dict[str, torch.Tensor] = {}
+        for i, piece in enumerate(pieces):
+            weight = len(piece) / len(data)
+            last = i == len(pieces) - 1
+            with self.model.no_sync() if ddp and not last else contextlib.nullcontext():
+                losses = self._losses(piece)
+                loss = sum(losses.values()) * weight
+                (self.grad_scaler.scale(loss) if self.grad_scaler else loss).backward()
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0) + value.detach() * weight
+            self.after_micro_batch(weight)
+        self.after_backward()
+        self._write_metrics(totals, data_time)
+        if self.grad_scaler:
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        else:
+            self.optimizer.step()
+
+    def _losses(self, piece) -> dict[str, torch.Tensor]:
+        if self.precision is None:
+            losses = self.model(piece)
+        else:
+            device = next(self.model.parameters()).device.type
+            with torch.autocast(device, dtype=self.precision):
+                losses = self.model(piece)
+        return {"total_loss": losses} if isinstance(losses, torch.Tensor) else losses
+
+    def after_micro_batch(self, weight: float) -> None:
+        for hook in self._hooks:
+            if hasattr(hook, "after_micro_batch"):
+                hook.after_micro_batch(weight)
+
+    def state_dict(self) -> dict:
+        state = super().state_dict()
+        if self.grad_scaler:
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        if self.grad_scaler:
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+@contextlib.contextmanager
+def _ddp_on_cpu():
+    """DefaultTrainer gives DDP device_ids, which DDP refuses for a model on the CPU."""
+    create = defaults.create_ddp_model
+
+    def create_for_device(model, **kwargs):
+        if next(model.parameters()).device.type == "cpu":
+            kwargs["device_ids"] = None
+        return create(model, **kwargs)
+
+    defaults.create_ddp_model = create_for_device
+    try:
+        yield
+    finally:
+        defaults.create_ddp_model = create
+
+
+class AGVMTrainerMixin:
+    """Makes a DefaultTrainer an AGVM one: `class Trainer(AGVMTrainerMixin, TheirTrainer): pass`.
+
+    The project's own optimizer, scheduler, model and hooks are kept; where it has Detectron2's stock
+    optimizer or scheduler it gets this package's, which know the keys of `add_agvm_config`.
+    """
+
+    def __init__(self, cfg):
+        """
+        Raises:
+            ValueError: a bad config value, named by its key.
+        """
+        check_config(cfg, comm.get_world_size())
+        with _ddp_on_cpu():
+            super().__init__(cfg)
+        if micro_batches(self.cfg, comm.get_world_size()) > 1:
+            self._trainer = self._micro_batch_trainer(self._trainer)
+
+    def _micro_batch_trainer(self, inner: SimpleTrainer) -> MicroBatchTrainer:
+        if type(inner) not in (SimpleTrainer, AMPTrainer):
+            raise ValueError(
+                "SOLVER.MICRO_BATCH_SIZE: only Detectron2's SimpleTrainer and AMPTrainer can be cut "
+                f"into micro-batches, but this project runs its own {type(inner).__name__}. Set it "
+                "to 0, or build agvm_d2.trainer.MicroBatchTrainer in the project."
+            )
+        return MicroBatchTrainer(
+            inner.model,
+            inner.data_loader,
+            inner.optimizer,
+            self.cfg.SOLVER.MICRO_BATCH_SIZE,
+            grad_scaler=getattr(inner, "grad_scaler", None),
+            precision=getattr(inner, "precision", None),
+        )
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        inherited = super().build_optimizer
+        if inherited.__func__ is DefaultTrainer.build_optimizer.__func__:
+            return build_optimizer(cfg, model)
+        optimizer = inherited(cfg, model)
+        if cfg.AGVM.ENABLED:
+            split_param_groups(optimizer, model, cfg.AGVM.MODULES)
+        return optimizer
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg, optimizer):
+        inherited = super().build_lr_scheduler
+        if inherited.__func__ is DefaultTrainer.build_lr_scheduler.__func__:
+            return build_lr_scheduler(cfg, optimizer)
+        return inherited(cfg, optimizer)
+
+    def build_hooks(self):
+        built = super().build_hooks()
+        if self.cfg.AGVM.ENABLED:
+            # By type, not by index: rank 0 has more hooks than the other workers.
+            place = [i for i, h in enumerate(built) if isinstance(h, hooks.LRScheduler)]
+            built.insert(
+                place[0] + 1 if place else 0, AGVMHook(self.cfg, self.model, self.optimizer)
+            )
+        return built
+
+
+class AGVMTrainer(AGVMTrainerMixin, DefaultTrainer):
+    """DefaultTrainer with AGVM, micro-batches, DDP on CPU and GPU, and Detectron2's evaluators."""
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name: str, output_folder: str | None = None):
+        """Detectron2's evaluator(s) for the dataset's `evaluator_type`."""
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        kind = MetadataCatalog.get(dataset_name).evaluator_type
+        evaluators = []
+        if kind in ("sem_seg", "coco_panoptic_seg"):
+            evaluators.append(SemSegEvaluator(dataset_name, output_dir=folder))
+        if kind in ("coco", "coco_panoptic_seg"):
+            evaluators.append(COCOEvaluator(dataset_name, output_dir=folder))
+        if kind == "coco_panoptic_seg":
+            evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
+        if kind == "pascal_voc":
+            evaluators.append(PascalVOCDetectionEvaluator(dataset_name))
+        if kind == "lvis":
+            evaluators.append(LVISEvaluator(dataset_name, output_dir=folder))
+        if not evaluators:
+            raise NotImplementedError(
+                f"No evaluator for dataset '{dataset_name}' of evaluator_type '{kind}': override "
+                "build_evaluator."
+            )
+        return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)

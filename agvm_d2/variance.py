@@ -1,0 +1,94 @@
+"""Pure functions: moments -> variance and noise scale; variance ratio -> LR factor.
+
+Notation: u_1..u_K are K independent gradients ("units") of one module, m their mean,
+S1 = mean_k |u_k|^2 (`unit_sq`) and S2 = |m|^2 (`mean_sq`). Inputs are floats or tensors of one
+value a module; a float comes back for floats, a float64 tensor for tensors. Undefined values
+(0/0) are NaN.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+EPS = 1e-6  # keeps the ratio finite; the official code's value
+
+
+def _elementwise(rule):
+    """Let `rule` on float64 tensors also take and return plain numbers."""
+
+    @functools.wraps(rule)
+    def call(*args, **kwargs):
+        # num_units and bounds pass through as_tensor unharmed: every rule is plain arithmetic.
+        out = rule(
+            *(torch.as_tensor(a, dtype=torch.float64) for a in args),
+            **{k: torch.as_tensor(v, dtype=torch.float64) for k, v in kwargs.items()},
+        )
+        return out.item() if out.ndim == 0 else out
+
+    return call
+
+
+def _check_units(num_units) -> None:
+    if (num_units < 2).any():
+        raise ValueError(f"a variance needs at least 2 gradients; num_units = {num_units.tolist()}")
+
+
+@_elementwise
+def pairwise_variance(unit_sq, mean_sq, num_units):
+    """Gradient variance phi >= 0: what `split_variance` expects over all halvings of the K units.
+
+    With p = (K S2 - S1)/(K - 1), the mean inner product of two different units, a half's mean has
+    E|a|^2 = (2 S1 + (K - 2) p)/K, and phi = 1 - p/E|a|^2 = 2 (S1 - S2)/((K - 2) S2 + S1).
+
+    Args:
+        unit_sq: S1, the mean squared norm of the units' gradients.
+        mean_sq: S2, the squared norm of their mean.
+        num_units: K >= 2 (ValueError otherwise).
+    """
+    _check_units(num_units)
+    # Rounding may leave S1 a little under S2. Never capped above: with SyncBN phi exceeds 1.
+    return (2 * (unit_sq - mean_sq) / ((num_units - 2) * mean_sq + unit_sq)).clamp(min=0)
+
+
+@_elementwise
+def split_variance(sq_a, sq_b, mean_sq):
+    """The paper's variance, 1 - cos(a, b), from norms alone.
+
+    Args:
+        sq_a, sq_b: squared norms of the mean gradients a, b of two equal halves of the units.
+        mean_sq: squared norm of (a + b)/2, which gives ab = 2 |m|^2 - (|a|^2 + |b|^2)/2.
+    """
+    dot = 2 * mean_sq - (sq_a + sq_b) / 2
+    return (1 - dot / (sq_a * sq_b).sqrt()).clamp(min=0)
+
+
+@_elementwise
+def lr_ratio(variance, anchor, ratio_range=(0.5, 10.0)):
+    """r = clip((phi_anchor + 1e-6)/(phi + 1e-6), *ratio_range); the LR factor follows sqrt(r).
+
+    Args:
+        variance: phi of the module(s).
+        anchor: phi of the anchor module.
+        ratio_range: bounds (low, high) of the ratio; (0.5, 10) in the paper.
+    """
+    return ((anchor + EPS) / (variance + EPS)).clamp(*ratio_range)
+
+
+@_elementwise
+def noise_scale(unit_sq, mean_sq, num_units, unit_batch):
+    """B_simple = tr(Sigma)/|G|^2 in images (McCandlish et al. 2018, appendix A.1).
+
+    tr(Sigma)/unit_batch = (S1 - S2) K/(K - 1) and |G|^2 = S2 - (S1 - S2)/(K - 1) are unbiased;
+    their ratio is not, so give averages of S1 and S2 over several steps. NaN where the estimate
+    of |G|^2 is not positive, that is, where noise drowns the gradient.
+
+    Args:
+        unit_sq, mean_sq, num_units: as for `pairwise_variance`.
+        unit_batch: images behind each unit's gradient.
+    """
+    _check_units(num_units)
+    spread = (unit_sq - mean_sq).clamp(min=0) / (num_units - 1)
+    signal = mean_sq - spread
+    return torch.where(signal > 0, unit_batch * num_units * spread / signal, torch.nan)
