@@ -25,3 +25,23 @@ $(STAMP): setup.cfg pyproject.toml
 	  --target "$$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" $(D2_WHEEL)
 	$(PY) -c 'import detectron2.engine'
 	@touch $@
+
+# Train, evaluate, draw. Detectron2 appends to metrics.json, so an older run's goes first.
+demo: setup
+	@rm -f output/demo/metrics.json
+	$(PY) train_net.py --config-file $(DEMO_CONFIG) OUTPUT_DIR output/demo
+	$(PY) -m agvm_d2.plot output/demo
+
+test: setup
+	$(PY) -m pytest
+
+test-all: setup
+	$(PY) -m pytest -m ''
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m black --check --quiet .
+	$(PY) -m isort --check --quiet .
+
+clean:
+	rm -rf $(VENV) *.egg-info output

@@ -2,10 +2,8 @@
 """Train and evaluate with AGVM, with the command line of Detectron2's tools/train_net.py."""
 
 from __future__ import annotations
-
 import os
 import sys
-
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
@@ -28,10 +26,14 @@ def setup(args) -> CfgNode:
     add_agvm_config(cfg)
     if not os.path.isfile(args.config_file):
         raise FileNotFoundError(f"--config-file: '{args.config_file}' is not a file")
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
+    try:
+        cfg.merge_from_file(args.config_file)
+        cfg.merge_from_list(args.opts)
+    except AssertionError as error:  # how yacs says that a key on the command line is unknown
+        raise ValueError(f"config: {error}") from None
     cfg.freeze()
-    check_config(cfg, args.num_gpus * args.num_machines)
+    num_workers = args.num_gpus * args.num_machines
+    check_config(AGVMTrainer.auto_scale_workers(cfg, num_workers), num_workers)
     check_datasets(cfg.DATASETS.TEST if args.eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
     weights = cfg.MODEL.WEIGHTS
     if weights and "://" not in weights and not os.path.exists(weights):
@@ -42,7 +44,7 @@ def setup(args) -> CfgNode:
     try:
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     except OSError as error:
-        raise OSError(f"OUTPUT_DIR: cannot make '{cfg.OUTPUT_DIR}' ({error.strerror})") from None
+        raise OSError(f"OUTPUT_DIR: '{cfg.OUTPUT_DIR}' cannot be made ({error.strerror})") from None
     if not os.access(cfg.OUTPUT_DIR, os.W_OK):
         raise PermissionError(f"OUTPUT_DIR: '{cfg.OUTPUT_DIR}' cannot be written")
     return cfg
@@ -65,15 +67,15 @@ def main(args):
     return trainer.train()
 
 
-if __name__ == "__main__":
+def invoke_main() -> None:
     args = default_argument_parser().parse_args()
-    print("Command Line Args:", args)
     try:  # once, before any worker starts
         cfg = setup(args)
     except (ValueError, KeyError, OSError) as error:
-        sys.exit(f"train_net.py: error: {error.args[0] if error.args else error}")
+        sys.exit(f"train_net.py: error: {error.args[0] if len(error.args) == 1 else error}")
     if not cfg.MODEL.DEVICE.startswith("cuda"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or launch() picks NCCL for a CPU model
+    print("Command Line Args:", args)
     launch(
         main,
         args.num_gpus,
@@ -82,3 +84,7 @@ if __name__ == "__main__":
         dist_url=args.dist_url,
         args=(args,),
     )
+
+
+if __name__ == "__main__":
+    invoke_main()

@@ -1,10 +1,8 @@
 """Every config key of this package, and the checks that name a bad one."""
 
 from __future__ import annotations
-
 import os
 import re
-
 import torch
 from detectron2.config import CfgNode as CN
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -22,7 +20,7 @@ def add_agvm_config(cfg: CN) -> None:
     cfg.AGVM.ENABLED = True
     # "modulate" scales learning rates; "monitor" measures and logs, and training is untouched.
     cfg.AGVM.MODE = "modulate"
-    # "pairwise" uses all pairs of workers (or micro-batches); "split" two halves, as the paper does.
+    # "pairwise": from all pairs of workers (or micro-batches); "split": two halves, as the paper.
     cfg.AGVM.ESTIMATOR = "pairwise"
     # Iterations from one measurement to the next.
     cfg.AGVM.INTERVAL = 10
@@ -36,7 +34,8 @@ def add_agvm_config(cfg: CN) -> None:
     cfg.AGVM.RATIO_RANGE = (0.5, 10.0)
     # The module whose gradient variance the others are brought to.
     cfg.AGVM.ANCHOR = "backbone"
-    # Pairs (module, regex at the start of a parameter's name), first match wins; (): by architecture.
+    # Pairs (module, regex at the start of a parameter's name), first match wins; (): known by
+    # architecture.
     cfg.AGVM.MODULES = ()
 
     # "SGD" or "ADAMW".
@@ -140,8 +139,8 @@ def check_config(cfg: CN, num_workers: int) -> None:
     micro_batches(cfg, num_workers)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
-            f"MODEL.DEVICE: found '{cfg.MODEL.DEVICE}', but this machine has no usable CUDA device. "
-            "To run on a CPU, add to the command: MODEL.DEVICE cpu"
+            f"MODEL.DEVICE: found '{cfg.MODEL.DEVICE}', but this machine has no usable CUDA "
+            "device. To run on a CPU, add to the command: MODEL.DEVICE cpu"
         )
 
 

@@ -1,9 +1,7 @@
 """AGVMHook: measures on some iterations, scales learning rates around optimizer.step."""
 
 from __future__ import annotations
-
 import logging
-
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.engine import HookBase
@@ -134,9 +132,9 @@ class AGVMHook(HookBase):
         logger.info(f"AGVM ({self._mode}): parameters of each module: {sizes}")
         if units < 2:
             logger.warning(
-                "AGVM needs at least two gradients in an iteration to measure a variance, but there "
-                "is one worker and one micro-batch: training goes on with factors of 1. Use two or "
-                "more workers (--num-gpus 2), or set SOLVER.MICRO_BATCH_SIZE below "
+                "AGVM needs at least two gradients in an iteration to measure a variance, but "
+                "there is one worker and one micro-batch: training goes on with factors of 1. Use "
+                "two or more workers (--num-gpus 2), or set SOLVER.MICRO_BATCH_SIZE below "
                 "SOLVER.IMS_PER_BATCH."
             )
             return
@@ -146,11 +144,13 @@ class AGVMHook(HookBase):
             precondition = adam_precondition(optimizer) if adam else None
             self._tap = build_tap(self._model, self._modules, self._micro_batches, precondition)
             inner = getattr(self.trainer, "_trainer", None)
-            if inner is not None:  # DefaultTrainer calls after_backward on its inner trainer's hooks
+            if (
+                inner is not None
+            ):  # DefaultTrainer calls after_backward on its inner trainer's hooks
                 inner.register_hooks([_Forward(self)])
         logger.info(
-            f"AGVM: K = {workers} workers x {self._micro_batches} micro-batches = {units} gradients; "
-            f"measuring every {self.modulator.interval} iterations from "
+            f"AGVM: K = {workers} workers x {self._micro_batches} micro-batches = {units} "
+            f"gradients, measured every {self.modulator.interval} iterations from "
             f"{self.modulator.start_iter} on, by {type(self._tap).__name__}"
         )
         self._handles = [
@@ -223,7 +223,7 @@ class AGVMHook(HookBase):
             logger.info(f"AGVM: variance and LR factor  {line}")
 
     def noise_scale(self) -> torch.Tensor:
-        """B_simple of each module in images, from the averaged moments; NaN where not measurable."""
+        """B_simple of each module in images, from averaged moments; NaN where not measurable."""
         modulator, units = self.modulator, self.modulator.num_units
         return noise_scale(modulator.unit_sq, modulator.mean_sq, units, self._batch_size / units)
 

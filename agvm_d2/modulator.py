@@ -1,9 +1,7 @@
 """The moving averages: when to measure, and what factor holds now."""
 
 from __future__ import annotations
-
 from collections.abc import Sequence
-
 import torch
 
 from .moments import Moments
@@ -11,7 +9,7 @@ from .variance import lr_ratio, pairwise_variance
 
 
 class Modulator:
-    """LR factor mu_i of each module: mu_i <- a mu_i + (1 - a) sqrt(r_i), every `interval` iterations.
+    """LR factor of each module: mu <- a mu + (1 - a) sqrt(r), every `interval` iterations.
 
     Args:
         names: modules, in the order of the moments.
@@ -51,7 +49,7 @@ class Modulator:
         nan = torch.full((len(names),), torch.nan, dtype=torch.float64)
         self.factors = torch.ones_like(nan)
         self.variance = nan  # the last measurement's; NaN where there was none
-        # Averages of S1 and S2 for the noise scale: only their ratio is used, so no bias correction.
+        # Averages of S1 and S2 for the noise scale; a ratio of them needs no bias correction.
         self.unit_sq = torch.zeros_like(nan)
         self.mean_sq = torch.zeros_like(nan)
         self.num_units = 0
@@ -93,9 +91,10 @@ class Modulator:
         """
         if state["modules"] != self.names:
             raise ValueError(
-                f"The checkpoint's AGVM state is for the modules {', '.join(state['modules'])}, but "
-                f"this model has {', '.join(self.names)}. Resume with the model and AGVM.MODULES of "
-                "the saved run (its config.yaml), or start anew without --resume from these weights."
+                f"The checkpoint's AGVM state is for the modules {', '.join(state['modules'])}, "
+                f"but this model has {', '.join(self.names)}. Resume with the model and "
+                "AGVM.MODULES of the saved run (its config.yaml), or start anew from these weights, without "
+                "--resume."
             )
         for key in ("factors", "unit_sq", "mean_sq"):
             setattr(self, key, torch.tensor(state[key], dtype=torch.float64))

@@ -1,10 +1,8 @@
 """Which module each parameter belongs to: ordered rules, the first match wins."""
 
 from __future__ import annotations
-
 import re
 from collections.abc import Sequence
-
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

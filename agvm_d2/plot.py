@@ -1,17 +1,15 @@
 """`python -m agvm_d2.plot OUTPUT_DIR`: a picture of a run from its metrics.json."""
 
 from __future__ import annotations
-
 import argparse
 import json
 import os
 import sys
 from collections import defaultdict
-
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 Series = dict[str, tuple[list[int], list[float]]]
 
@@ -63,7 +61,7 @@ def _modules(series: Series, kind: str) -> list[str]:
 
 
 def plot(output_dir: str, picture: str | None = None) -> str:
-    """Draw variances and LR factors of all modules, losses and learning rate; return the PNG's path.
+    """Draw variances and LR factors of all modules, losses, learning rate; return the PNG's path.
 
     Args:
         output_dir: folder with a metrics.json.
@@ -76,7 +74,7 @@ def plot(output_dir: str, picture: str | None = None) -> str:
     series = read_metrics(path)
     if not _modules(series, "variance"):
         raise ValueError(
-            f"{path} has no agvm/variance/... scalars: the run was shorter than AGVM.START_ITER, had "
+            f"{path} has no agvm/variance/... scalars: the run ended before AGVM.START_ITER, had "
             "one worker and no micro-batches, or AGVM.ENABLED was False."
         )
     modules = _modules(series, "variance")

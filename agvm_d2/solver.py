@@ -1,7 +1,6 @@
 """Optimizer, param groups, gradient clipping and LR schedule from a config."""
 
 from __future__ import annotations
-
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver import LRMultiplier

@@ -1,11 +1,9 @@
 """AGVM and micro-batches in Detectron2's trainers."""
 
 from __future__ import annotations
-
 import contextlib
 import os
 import time
-
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, defaults, hooks
@@ -26,7 +24,7 @@ from .solver import build_lr_scheduler, build_optimizer, split_param_groups
 
 
 class MicroBatchTrainer(SimpleTrainer):
-    """SimpleTrainer, or AMPTrainer with a GradScaler, that cuts the loader's batch into micro-batches.
+    """SimpleTrainer (AMPTrainer, with a GradScaler) that cuts each batch into micro-batches.
 
     Gradients are averaged by image count, so a step is that of the whole batch (up to layers and
     losses that look at several images, such as BatchNorm). DDP communicates once, in the last pass.
@@ -127,8 +125,8 @@ def _ddp_on_cpu():
 class AGVMTrainerMixin:
     """Makes a DefaultTrainer an AGVM one: `class Trainer(AGVMTrainerMixin, TheirTrainer): pass`.
 
-    The project's own optimizer, scheduler, model and hooks are kept; where it has Detectron2's stock
-    optimizer or scheduler it gets this package's, which know the keys of `add_agvm_config`.
+    The project's own optimizer, scheduler, model and hooks are kept; Detectron2's stock optimizer
+    and scheduler give way to this package's, which know the keys of `add_agvm_config`.
     """
 
     def __init__(self, cfg):
@@ -136,6 +134,7 @@ class AGVMTrainerMixin:
         Raises:
             ValueError: a bad config value, named by its key.
         """
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         check_config(cfg, comm.get_world_size())
         with _ddp_on_cpu():
             super().__init__(cfg)
@@ -145,9 +144,9 @@ class AGVMTrainerMixin:
     def _micro_batch_trainer(self, inner: SimpleTrainer) -> MicroBatchTrainer:
         if type(inner) not in (SimpleTrainer, AMPTrainer):
             raise ValueError(
-                "SOLVER.MICRO_BATCH_SIZE: only Detectron2's SimpleTrainer and AMPTrainer can be cut "
-                f"into micro-batches, but this project runs its own {type(inner).__name__}. Set it "
-                "to 0, or build agvm_d2.trainer.MicroBatchTrainer in the project."
+                "SOLVER.MICRO_BATCH_SIZE: only Detectron2's SimpleTrainer and AMPTrainer can be "
+                f"cut into micro-batches, but this project runs its own {type(inner).__name__}. "
+                "Set it to 0, or build agvm_d2.trainer.MicroBatchTrainer in the project."
             )
         return MicroBatchTrainer(
             inner.model,

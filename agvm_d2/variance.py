@@ -7,9 +7,7 @@ value a module; a float comes back for floats, a float64 tensor for tensors. Und
 """
 
 from __future__ import annotations
-
 import functools
-
 import torch
 
 EPS = 1e-6  # keeps the ratio finite; the official code's value

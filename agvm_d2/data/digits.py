@@ -6,12 +6,10 @@ photograph. Made on first use, deterministic, under $DETECTRON2_DATASETS (or ./d
 """
 
 from __future__ import annotations
-
 import json
 import os
 import shutil
 import tempfile
-
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
@@ -81,8 +79,8 @@ def make(folder: str, splits: dict[str, int] = SPLITS) -> None:
                 shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise OSError(
-            f"The digits dataset cannot be made in '{folder}': {error}. Set the environment variable "
-            "DETECTRON2_DATASETS to a folder that can be written."
+            f"The digits dataset cannot be made in '{folder}': {error}. Set the environment "
+            "variable DETECTRON2_DATASETS to a folder that can be written."
         ) from error
 
 
@@ -170,7 +168,7 @@ def _outline(mask: np.ndarray) -> dict:
     centers = np.arange(-1, SIZE + 1) + 0.5  # pixel i covers [i, i + 1]
     contours = contour_generator(centers, centers, padded, fill_type=FillType.OuterOffset)
     polygons = [
-        points[offsets[0] : offsets[1] - 1]
+        _corners(points[offsets[0] : offsets[1] - 1])
         for points, offsets in zip(*contours.filled(0.5, 2.0), strict=True)
     ]
     corners = np.concatenate(polygons)
@@ -180,3 +178,9 @@ def _outline(mask: np.ndarray) -> dict:
         "area": float(mask.sum()),
         "bbox": [round(float(v), 2) for v in (x0, y0, x1 - x0, y1 - y0)],
     }
+
+
+def _corners(polygon: np.ndarray) -> np.ndarray:
+    """The polygon without the points between two others on a line."""
+    (bx, by), (ax, ay) = (polygon - np.roll(polygon, 1, 0)).T, (np.roll(polygon, -1, 0) - polygon).T
+    return polygon[bx * ay != by * ax]

@@ -1,0 +1,118 @@
+from __future__ import annotations
+import os
+import queue
+import socket
+import sys
+import tempfile
+import traceback
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+# Before Detectron2 reads it at import; spawned workers inherit it.
+os.environ["DETECTRON2_DATASETS"] = DATASETS = os.environ.get(
+    "AGVM_TEST_DATASETS"
+) or tempfile.mkdtemp(prefix="agvm_d2-test-datasets-")
+os.environ["AGVM_TEST_DATASETS"] = DATASETS
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("AGVM_TEST_CUDA", "")
+
+TIMEOUT = 300
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A small digits dataset where the registered one would be; returns DETECTRON2_DATASETS."""
+    from agvm_d2.data import digits as data
+
+    data.make(data.root(), {"train": 24, "val": 8})
+    return DATASETS
+
+
+class Workers:
+    """`num` gloo processes, kept for the session: importing torch takes longer than most tests."""
+
+    def __init__(self, num: int):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        context = mp.get_context("spawn")
+        self.tasks = [context.SimpleQueue() for _ in range(num)]
+        self.results = context.Queue()
+        self.processes = [
+            context.Process(target=_work, args=(i, num, port, self.tasks[i], self.results))
+            for i in range(num)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def run(self, function, *args) -> list:
+        """Call `function(*args)` in every worker; results by rank. What one raises is a failure."""
+        for task in self.tasks:
+            task.put((function, args))
+        results = {}
+        for _ in self.tasks:
+            try:
+                rank, ok, value = self.results.get(timeout=TIMEOUT)
+            except queue.Empty:
+                self.close()
+                raise TimeoutError(f"no answer from some worker in {TIMEOUT} s") from None
+            if not ok:
+                self.close()
+                pytest.fail(f"worker {rank}:\n{value}")
+            results[rank] = value
+        return [results[rank] for rank in sorted(results)]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _work(rank: int, num: int, port: int, tasks, results) -> None:
+    torch.set_num_threads(1)
+    from detectron2.utils import comm
+
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num
+    )
+    comm.create_local_process_group(num)
+    while True:
+        function, args = tasks.get()
+        try:
+            results.put((rank, True, function(*args)))
+        except BaseException:
+            results.put((rank, False, traceback.format_exc()))
+
+
+@pytest.fixture(scope="session")
+def workers():
+    """`workers(n).run(function, *args)` on n gloo processes."""
+    pools: dict[int, Workers] = {}
+
+    def get(num: int) -> Workers:
+        if num not in pools or not all(p.is_alive() for p in pools[num].processes):
+            pools[num] = Workers(num)
+        return pools[num]
+
+    yield get
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture
+def d2_log(caplog):
+    """Text of what was logged; Detectron2's logger may have been cut from the root by a set-up."""
+    import logging
+
+    logger = logging.getLogger("detectron2")
+    propagate, level = logger.propagate, logger.level
+    logger.propagate = True
+    logger.setLevel(logging.INFO)
+    caplog.set_level(logging.INFO, logger="detectron2")
+    yield caplog
+    logger.propagate = propagate
+    logger.setLevel(level)
+
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # train_net

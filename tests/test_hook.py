@@ -1,0 +1,312 @@
+"""AGVMHook around optimizer.step, without a trainer."""
+
+import copy
+import math
+import pytest
+import reference
+import torch
+from detectron2.config import get_cfg
+from detectron2.solver import LRMultiplier
+from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.utils.events import EventStorage
+from fvcore.common.param_scheduler import LinearParamScheduler
+from toy import MODULES, ToyDetector, batch, loss, parameter_names, toy_config
+
+from agvm_d2 import AGVMHook, split_param_groups
+
+
+def sgd(model, lr=0.1, **kwargs):
+    return split_param_groups(torch.optim.SGD(model.parameters(), lr=lr, **kwargs), model)
+
+
+def make_hook(model, optimizer, **kwargs):
+    hook = AGVMHook(model, optimizer, **{"micro_batches": 2, "momentum": 0.5, **kwargs})
+    hook.before_train()
+    return hook
+
+
+def step(hook, model, optimizer, seed=0, clip=None):
+    """One iteration of a plain loop with two micro-batches."""
+    hook.before_step()
+    optimizer.zero_grad()
+    for half in (0, 1):
+        (loss(model, batch(4, seed=10 * seed + half)) / 2).backward()
+        hook.after_micro_batch(0.5)
+    hook.after_backward()
+    if clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    hook.after_step()
+
+
+def reference_factors(model, old, seed=0, momentum=0.5):
+    gradients = reference.unit_gradients(
+        model, loss, [batch(4, seed=10 * seed + h) for h in (0, 1)]
+    )
+    variances = {
+        m: reference.pairwise_variance(reference.flatten(gradients, names))
+        for m, names in parameter_names(model).items()
+    }
+    return reference.factors(old, variances, "backbone", momentum, (0.5, 10))
+
+
+def run(model, optimizer, steps=3, **kwargs):
+    """Train and return the hook and what the reference says its factors are."""
+    hook, wanted = make_hook(model, optimizer, **kwargs), dict.fromkeys(MODULES, 1.0)
+    with EventStorage(0) as storage:
+        for i in range(steps):
+            if hook.modulator.due(i):
+                wanted = reference_factors(model, wanted, seed=i)
+            step(hook, model, optimizer, seed=i)
+            storage.step()
+    return hook, wanted
+
+
+def test_factors_and_weights_equal_the_literal_algorithm():
+    model = ToyDetector()
+    literal = copy.deepcopy(model)
+    hook, wanted = run(model, sgd(model), steps=4, interval=2, start_iter=1)
+    factors = dict.fromkeys(MODULES, 1.0)
+    for i in range(4):
+        if i in (1, 3):
+            factors = reference_factors(literal, factors, seed=i)
+        literal.zero_grad()
+        for half in (0, 1):
+            (loss(literal, batch(4, seed=10 * i + half)) / 2).backward()
+        with torch.no_grad():
+            for module, names in parameter_names(literal).items():
+                for name in names:
+                    p = literal.get_parameter(name)
+                    p -= 0.1 * factors[module] * p.grad
+    assert hook.modulator.factors.tolist() == pytest.approx(list(wanted.values()), rel=1e-5)
+    assert not all(f == pytest.approx(1, abs=0.02) for f in wanted.values())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, literal.get_parameter(name))
+
+
+def test_lr_is_scaled_in_the_step_only_and_put_back_exactly():
+    model = ToyDetector()
+    optimizer = sgd(model, lr=0.1)
+    seen = []
+    optimizer.register_step_post_hook(
+        lambda opt, *_: seen.append([g["lr"] for g in opt.param_groups])
+    )
+    hook = make_hook(model, optimizer, interval=1)  # its post-hook comes second
+    with EventStorage(0):
+        step(hook, model, optimizer)
+    assert seen[0] == [0.1 * f for f in hook.modulator.factors.tolist()]
+    assert len(set(seen[0])) > 1
+    assert [g["lr"] for g in optimizer.param_groups] == [0.1] * 4
+
+
+def test_lr_as_a_tensor_keeps_its_object_and_value():
+    model = ToyDetector()
+    lr = torch.tensor(0.1)
+    optimizer = split_param_groups(
+        torch.optim.AdamW(model.parameters(), lr=lr, foreach=False), model
+    )
+    hook = make_hook(model, optimizer, interval=1, start_iter=1)
+    before = [p.detach().clone() for p in model.parameters()]
+    with EventStorage(0) as storage:
+        for i in range(2):
+            step(hook, model, optimizer, seed=i)
+            storage.step()
+    assert all(g["lr"] is lr for g in optimizer.param_groups)
+    assert lr.item() == pytest.approx(0.1)
+    assert (hook.modulator.factors != 1).any()
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def clipped_sgd(model, built_before: bool, per_class: bool):
+    """Detectron2's clipping subclass, with and without a plain SGD built earlier."""
+    cfg = get_cfg()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1e9
+    if built_before:
+        torch.optim.SGD(ToyDetector().parameters(), lr=1.0)
+    if per_class:
+        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.SGD)(model.parameters(), lr=0.1)
+    else:
+        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.SGD(model.parameters(), lr=0.1))
+    return split_param_groups(optimizer, model)
+
+
+@pytest.mark.parametrize("built_before", [False, True])
+@pytest.mark.parametrize("per_class", [False, True])
+def test_a_step_pre_hook_that_fires_twice_scales_once(built_before, per_class):
+    plain, clipped = ToyDetector(), ToyDetector()
+    optimizer = clipped_sgd(clipped, built_before, per_class)
+    fired = []
+    optimizer.register_step_pre_hook(lambda *_: fired.append(1))
+    _, wanted = run(plain, sgd(plain), interval=1)
+    hook, _ = run(clipped, optimizer, interval=1)
+    if built_before and per_class:
+        assert len(fired) == 6  # the trap: twice in each of three steps
+    assert hook.modulator.factors.tolist() == pytest.approx(list(wanted.values()), rel=1e-5)
+    for a, b in zip(plain.parameters(), clipped.parameters()):
+        torch.testing.assert_close(a, b)
+    assert {g["lr"] for g in optimizer.param_groups} == {0.1}
+
+
+def test_moments_are_taken_before_clipping():
+    model = ToyDetector()
+    optimizer = sgd(model)
+    hook = make_hook(model, optimizer, interval=1)
+    wanted = reference_factors(model, dict.fromkeys(MODULES, 1.0))
+    with EventStorage(0):
+        step(hook, model, optimizer, clip=1e-3)
+    assert hook.modulator.factors.tolist() == pytest.approx(list(wanted.values()), rel=1e-5)
+
+
+def test_the_scheduler_never_sees_the_factors():
+    model = ToyDetector()
+    optimizer = sgd(model, lr=1.0)
+    schedule = LRMultiplier(optimizer, LinearParamScheduler(1.0, 0.5), max_iter=10)
+    hook = make_hook(model, optimizer, interval=1)
+    with EventStorage(0) as storage:
+        for i in range(5):
+            step(hook, model, optimizer, seed=i)
+            schedule.step()
+            storage.step()
+    assert {g["lr"] for g in optimizer.param_groups} == {1.0 * (1 - 0.5 * 5 / 10)}
+    assert schedule.base_lrs == [1.0] * 4
+
+
+def test_a_step_that_raises_leaves_the_lr_as_it_was():
+    model = ToyDetector()
+    optimizer = sgd(model, lr=0.1)
+    hook = make_hook(model, optimizer, interval=1)
+    fail = optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    with EventStorage(0) as storage:
+        with pytest.raises(ZeroDivisionError):
+            step(hook, model, optimizer)
+        hook.after_train()  # TrainerBase calls it in `finally`
+        assert {g["lr"] for g in optimizer.param_groups} == {0.1}
+        fail.remove()
+        hook.before_train()
+        storage.step()
+        step(hook, model, optimizer, seed=1)
+    assert {g["lr"] for g in optimizer.param_groups} == {0.1}
+
+
+def test_a_skipped_step_drops_the_measurement():
+    # What GradScaler does on an inf gradient: optimizer.step is not called, no hook fires.
+    model = ToyDetector()
+    optimizer = sgd(model)
+    hook = make_hook(model, optimizer, interval=1)
+    with EventStorage(0) as storage:
+        hook.before_step()
+        loss(model, batch(4)).backward()
+        hook.after_micro_batch(0.5)
+        hook.after_backward()
+        hook.after_step()
+        assert hook.modulator.factors.tolist() == [1.0] * 4
+        storage.step()
+        wanted = reference_factors(model, dict.fromkeys(MODULES, 1.0), seed=1)
+        step(hook, model, optimizer, seed=1)
+    assert hook.modulator.factors.tolist() == pytest.approx(list(wanted.values()), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
+def test_monitor_measures_and_changes_nothing(optimizer_class):
+    plain, watched = ToyDetector(), ToyDetector()
+    optimizer = split_param_groups(optimizer_class(watched.parameters(), lr=0.01), watched)
+    hook, _ = run(watched, optimizer, interval=1, mode="monitor", steps=5)
+    optimizer = optimizer_class(plain.parameters(), lr=0.01)
+    for i in range(5):
+        optimizer.zero_grad()
+        for half in (0, 1):
+            (loss(plain, batch(4, seed=10 * i + half)) / 2).backward()
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters()))
+    assert (hook.modulator.factors[1:] != 1).all()
+
+
+def test_scalars_and_the_line_in_the_log(d2_log):
+    model = ToyDetector()
+    optimizer = sgd(model)
+    hook = make_hook(model, optimizer, interval=1, batch_size=8, log_period=2)
+    with EventStorage(0) as storage:
+        for i in range(2):
+            step(hook, model, optimizer, seed=i)
+            latest = storage.latest()
+            storage.step()
+    for i, name in enumerate(MODULES):
+        assert latest[f"agvm/variance/{name}"][0] == hook.modulator.variance[i].item()
+        assert latest[f"agvm/lr_scale/{name}"][0] == hook.modulator.factors[i].item()
+        value, iteration = latest.get(f"agvm/noise_scale/{name}", (None, -1))
+        if iteration == 1:  # not where it was not measurable
+            assert value == hook.noise_scale()[i].item()
+    assert any("noise_scale" in name for name in latest)
+    lines = [r.getMessage() for r in d2_log.records if "variance and LR factor" in r.getMessage()]
+    assert len(lines) == 1 and all(name in lines[0] for name in MODULES)
+
+
+def test_noise_scale_is_of_averaged_moments_in_images():
+    model = ToyDetector()
+    hook, _ = run(model, sgd(model, lr=0.0), interval=1, momentum=0.75, batch_size=8, steps=3)
+    s1 = s2 = 0.0
+    for i in range(3):
+        gradients = reference.unit_gradients(
+            model, loss, [batch(4, seed=10 * i + h) for h in (0, 1)]
+        )
+        vectors = reference.flatten(gradients, parameter_names(model)["backbone"])
+        unit_sq, mean_sq = reference.moments(vectors)
+        s1, s2 = 0.75 * s1 + 0.25 * unit_sq, 0.75 * s2 + 0.25 * mean_sq
+    # K = 2, 4 images a unit: tr = 4 * 2 (S1 - S2), |G|^2 = S2 - (S1 - S2).
+    signal = 2 * s2 - s1
+    wanted = 8 * (s1 - s2) / signal if signal > 0 else math.nan
+    assert hook.noise_scale()[0].item() == pytest.approx(wanted, rel=1e-4, nan_ok=True)
+
+
+def test_one_gradient_warns_once_and_trains_on(d2_log):
+    model = ToyDetector()
+    optimizer = sgd(model)
+    hook = make_hook(model, optimizer, micro_batches=1, interval=1)
+    with EventStorage(0) as storage:
+        for i in range(3):
+            step(hook, model, optimizer, seed=i)
+            storage.step()
+    warnings = [r for r in d2_log.records if "at least two gradients" in r.getMessage()]
+    assert len(warnings) == 1 and "SOLVER.MICRO_BATCH_SIZE" in warnings[0].getMessage()
+    assert hook.modulator.factors.tolist() == [1.0] * 4
+
+
+def test_a_group_of_two_modules_is_an_error():
+    model = ToyDetector()
+    with pytest.raises(
+        ValueError, match="Group 0 .*backbone, fpn, rpn, box_head.*split_param_groups"
+    ):
+        AGVMHook(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_an_unknown_mode_is_an_error():
+    model = ToyDetector()
+    with pytest.raises(ValueError, match="AGVM.MODE: found 'both'"):
+        AGVMHook(model, sgd(model), mode="both")
+
+
+def test_from_config(d2_log, tmp_path):
+    model = ToyDetector()
+    cfg = toy_config(
+        tmp_path, AGVM__START_ITER=-1, SOLVER__WARMUP_ITERS=7, SOLVER__MICRO_BATCH_SIZE=2
+    )
+    hook = AGVMHook(cfg, model, sgd(model))
+    assert hook.modulator.start_iter == 107  # 100 iterations after warm-up
+    assert hook.modulator.interval == 2 and hook.modulator.momentum == 0.5
+    assert hook._micro_batches == 4 and hook._batch_size == 8
+    assert "nothing will be measured" in d2_log.text  # MAX_ITER is 10
+
+
+def test_trained_twice_by_one_trainer_keeps_working():
+    model = ToyDetector()
+    optimizer = sgd(model)
+    hook, _ = run(model, optimizer, interval=1)
+    hook.after_train()
+    assert not optimizer._optimizer_step_pre_hooks
+    before = hook.modulator.factors.clone()
+    hook.before_train()
+    with EventStorage(0):
+        step(hook, model, optimizer, seed=5)
+    assert not torch.equal(before, hook.modulator.factors)
+    assert len(optimizer._optimizer_step_pre_hooks) == 1

@@ -1,0 +1,86 @@
+import math
+import pytest
+import reference
+import torch
+
+from agvm_d2.modulator import Modulator
+from agvm_d2.moments import Moments
+from agvm_d2.variance import pairwise_variance
+
+NAMES = ("backbone", "fpn", "head")
+
+
+def moments(unit_sq, mean_sq, k=4):
+    return Moments(
+        torch.tensor(unit_sq, dtype=torch.float64), torch.tensor(mean_sq, dtype=torch.float64), k
+    )
+
+
+def test_one_update_by_hand():
+    # K = 2, S1 = 1: phi = 2 (1 - S2), so 1 and 0.25 and ratio 4; mu = 0.9 + 0.1 sqrt(4) = 1.1.
+    modulator = Modulator(NAMES[:2], momentum=0.9)
+    modulator.update(moments([1.0, 1.0], [0.5, 0.875], k=2))
+    assert modulator.variance.tolist() == [1.0, 0.25]
+    assert modulator.factors.tolist() == pytest.approx([1.0, 1.1], rel=1e-6)
+
+
+def test_updates_equal_reference():
+    modulator = Modulator(NAMES, anchor="fpn", momentum=0.97, ratio_range=(0.5, 10))
+    wanted = dict.fromkeys(NAMES, 1.0)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        mean = torch.rand(3, generator=g, dtype=torch.float64) ** 3
+        modulator.update(Moments(torch.ones(3, dtype=torch.float64), mean, 4))
+        phi = {n: pairwise_variance(1.0, float(m), 4) for n, m in zip(NAMES, mean)}
+        wanted = reference.factors(wanted, phi, "fpn", 0.97, (0.5, 10))
+    assert modulator.factors.tolist() == pytest.approx(list(wanted.values()))
+    assert modulator.factors[1] == 1.0
+
+
+@pytest.mark.parametrize(
+    "bad", [(0.0, 0.0), (math.nan, math.nan), (math.inf, math.inf), (1.0, math.nan)]
+)
+def test_a_module_without_a_finite_variance_keeps_its_factor(bad):
+    modulator = Modulator(NAMES, momentum=0.5)
+    modulator.update(moments([1.0] * 3, [0.5, 0.9, 0.9]))
+    before = modulator.factors.clone()
+    averages = modulator.unit_sq.clone(), modulator.mean_sq.clone()
+    modulator.update(moments([1.0, 1.0, bad[0]], [0.5, 0.6, bad[1]]))
+    assert modulator.factors[2] == before[2] and modulator.factors[1] != before[1]
+    assert modulator.unit_sq[2] == averages[0][2] and modulator.mean_sq[2] == averages[1][2]
+    assert modulator.factors.isfinite().all()
+
+
+def test_without_the_anchor_s_variance_every_factor_holds():
+    modulator = Modulator(NAMES, momentum=0.5)
+    modulator.update(moments([1.0] * 3, [0.5, 0.9, 0.9]))
+    before = modulator.factors.tolist()
+    modulator.update(moments([math.nan, 1.0, 1.0], [math.nan, 0.2, 0.3]))
+    assert modulator.factors.tolist() == before
+
+
+def test_when_it_measures():
+    modulator = Modulator(NAMES, interval=10, start_iter=5, stop_iter=30)
+    assert [i for i in range(50) if modulator.due(i)] == [5, 15, 25]
+    assert [i for i in range(50) if modulator.active(i)] == list(range(5, 30))
+    assert Modulator(NAMES, start_iter=5).due(10**6 + 5)
+
+
+def test_the_anchor_must_be_a_module():
+    with pytest.raises(ValueError, match="AGVM.ANCHOR: 'neck'.*modules are backbone, fpn, head"):
+        Modulator(NAMES, anchor="neck")
+
+
+def test_state_survives_a_weights_only_checkpoint(tmp_path):
+    old, new = Modulator(NAMES), Modulator(NAMES)
+    old.update(moments([1.0] * 3, [0.5, 0.9, 0.2]))
+    torch.save(old.state_dict(), tmp_path / "state.pth")
+    new.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
+    for key in ("factors", "unit_sq", "mean_sq"):
+        assert torch.equal(getattr(new, key), getattr(old, key))
+    assert new.num_units == 4
+
+
+def test_state_of_other_modules_is_an_error():
+    with pytest.raises(ValueError, match="backbone, fpn, head, but this model has backbone, head"):
+        Modulator(("backbone", "head")).load_state_dict(Modulator(NAMES).state_dict())

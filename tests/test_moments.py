@@ -1,0 +1,390 @@
+"""Moments from every way of tapping gradients, against tests/reference.py."""
+
+import pytest
+import reference
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+from toy import ToyDetector, batch, loss, parameter_names
+
+from agvm_d2.modules import assign_modules
+from agvm_d2.moments import BLOCK, BucketTap, TensorTap, adam_precondition, block_norms, build_tap
+from agvm_d2.variance import pairwise_variance
+
+
+def expected(model, units, weights=None) -> dict[str, tuple[float, float]]:
+    gradients = reference.unit_gradients(model, loss, units)
+    return {
+        module: reference.moments(reference.flatten(gradients, names), weights)
+        for module, names in parameter_names(model).items()
+    }
+
+
+def assert_equal(moments, wanted, rel=1e-5):
+    for i, (s1, s2) in enumerate(wanted.values()):
+        assert float(moments.unit_sq[i]) == pytest.approx(s1, rel=rel)
+        assert float(moments.mean_sq[i]) == pytest.approx(s2, rel=rel)
+
+
+# Norms
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(7.0),
+        torch.ones(BLOCK),
+        torch.ones(2 * BLOCK + 5),
+        torch.ones(3, 4, 5, 6).to(memory_format=torch.channels_last),
+        torch.ones(5, 6).t(),
+        torch.ones(10, 10)[:, ::2],
+        torch.full((8,), 1000.0, dtype=torch.float16),  # its square overflows float16
+        torch.ones(4, dtype=torch.bfloat16),
+        torch.ones(4, dtype=torch.float64),
+        torch.tensor(3.0),
+        torch.ones(0),
+    ],
+    ids=str,
+)
+def test_block_norms_of_one(tensor):
+    total = sum(n.double().square().sum() for n in block_norms([tensor])[0])
+    assert float(total) == pytest.approx(float(tensor.double().square().sum()), rel=1e-6)
+
+
+def test_block_norms_keep_the_order_of_a_mixed_list():
+    tensors = [
+        torch.full((n,), value)
+        for n, value in ((3, 3.0), (BLOCK + 1, 2.0), (1, 1.0), (0, 9.0), (4, 4.0))
+    ]
+    found = [sum(n.double().square().sum() for n in norms) for norms in block_norms(tensors)]
+    assert [float(f) for f in found] == pytest.approx([27, 4 * (BLOCK + 1), 1, 0, 64], rel=1e-6)
+    assert block_norms([]) == []
+
+
+def test_block_norms_are_exact_to_1e6_at_40_million():
+    torch.manual_seed(0)
+    tensor = torch.randn(40_000_000).mul_(1e-3)
+    exact = sum(float(part.double().square().sum()) for part in tensor.split(1_000_000))
+    total = sum(n.double().square().sum() for n in block_norms([tensor])[0])
+    assert float(total) == pytest.approx(exact, rel=1e-6)
+
+
+# One process
+
+
+def micro_batches(model, tap, units, weights):
+    tap.start()
+    model.zero_grad()
+    for unit, weight in zip(units, weights, strict=True):
+        (loss(model, unit) * weight).backward()
+        tap.unit_done(weight)
+    tap.average_done()
+    return tap.collect()
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (3, 3, 3, 3), (5, 2, 1)])
+def test_micro_batches_equal_reference(sizes):
+    model = ToyDetector()
+    data = batch(sum(sizes))
+    units = [data[sum(sizes[:i]) :][:size] for i, size in enumerate(sizes)]
+    weights = [size / sum(sizes) for size in sizes]
+    tap = TensorTap(assign_modules(model))
+    moments = micro_batches(model, tap, units, weights)
+    assert moments.num_units == len(sizes)
+    assert_equal(moments, expected(model, units, weights))
+
+
+def test_unequal_micro_batches_leave_the_noise_unbiased():
+    # Gradients with mean 0.5 and variance 1 an image in 200 dimensions, units of 6, 1 and 1 images:
+    # E[S1 - S2] = (K - 1) tr(Sigma)/batch = 2 * 200/8 = 50.
+    g = torch.Generator().manual_seed(0)
+    sizes, total = (6, 1, 1), 0.0
+    for _ in range(500):
+        units = [0.5 + torch.randn(200, generator=g).double() / n**0.5 for n in sizes]
+        s1, s2 = reference.moments(units, [n / 8 for n in sizes])
+        total += (s1 - s2) / 500
+    assert total == pytest.approx(50, rel=0.02)
+
+
+def test_tensor_hooks_are_there_only_while_measuring():
+    model = ToyDetector()
+    tap = TensorTap(assign_modules(model))
+    hooks = [len(p._backward_hooks or ()) for p in model.parameters()]
+    assert not any(hooks)
+    micro_batches(model, tap, [batch(2), batch(2, seed=1)], [0.5, 0.5])
+    assert not any(len(p._backward_hooks or ()) for p in model.parameters())
+    tap.start()
+    tap.start()  # a measurement that was not collected is dropped
+    assert all(len(p._backward_hooks) == 1 for p in model.parameters())
+
+
+def test_a_module_without_a_gradient_has_zero_moments():
+    model = ToyDetector()
+    tap = TensorTap(assign_modules(model))
+    tap.start()
+    for unit in (batch(2), batch(2, seed=1)):
+        (model(unit)["loss_rpn"] / 2).backward()
+        tap.unit_done(0.5)
+    tap.average_done()
+    moments = tap.collect()
+    assert moments.unit_sq[3] == 0 and moments.mean_sq[3] == 0
+    assert (moments.unit_sq[:3] > 0).all()
+
+
+def test_collect_without_the_average_says_what_to_call():
+    model = ToyDetector()
+    tap = TensorTap(assign_modules(model))
+    tap.start()
+    loss(model, batch(2)).backward()
+    with pytest.raises(RuntimeError, match="AGVMHook.after_backward"):
+        tap.collect()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_adam_moments_are_of_the_preconditioned_gradients(kind):
+    model = ToyDetector()
+    optimizer = kind(model.parameters(), lr=0.01, eps=1e-3)
+    for seed in range(3):
+        optimizer.zero_grad()
+        loss(model, batch(4, seed=seed)).backward()
+        optimizer.step()
+    units = [batch(4, seed=7), batch(4, seed=8)]
+    gradients = reference.unit_gradients(model, loss, units)
+    for gradient in gradients:
+        for name, p in model.named_parameters():
+            v = optimizer.state[p]["exp_avg_sq"].double()
+            gradient[name] = gradient[name] / (v.sqrt() + 1e-3)
+    wanted = {
+        module: reference.moments(reference.flatten(gradients, names))
+        for module, names in parameter_names(model).items()
+    }
+    tap = TensorTap(assign_modules(model), adam_precondition(optimizer))
+    assert_equal(micro_batches(model, tap, units, [0.5, 0.5]), wanted)
+
+
+# Workers
+
+
+def _ddp_moments(options, make_tap, units, steps=3):
+    """In a worker: a few measured steps (the first rebuilds buckets); the last one's moments."""
+    rank = dist.get_rank()
+    model = ToyDetector(width=32)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=0.002, **options)
+    tap = make_tap(ddp, assign_modules(model))
+    for _ in range(steps):
+        tap.start()
+        ddp.zero_grad()
+        loss(ddp, units[rank]).backward()
+        tap.average_done()
+        moments = tap.collect()
+    return moments, type(tap).__name__
+
+
+def _bucket_tap(ddp, modules):
+    return BucketTap(ddp, modules)
+
+
+def _build_tap(ddp, modules):
+    return build_tap(ddp, modules, 1, None)
+
+
+def _taken_slot(ddp, modules):
+    ddp.register_comm_hook(ddp.process_group, default_hooks.allreduce_hook)
+    return build_tap(ddp, modules, 1, None)
+
+
+def same_bits(results):
+    first = results[0]
+    return all(
+        torch.equal(r.unit_sq, first.unit_sq) and torch.equal(r.mean_sq, first.mean_sq)
+        for r in results[1:]
+    )
+
+
+@pytest.mark.parametrize("num", [2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_as_bucket_view": True},
+        {"find_unused_parameters": True},
+        {"static_graph": True},
+    ],
+    ids=str,
+)
+def test_workers_equal_reference_with_the_same_bits(workers, num, options):
+    units = [batch(4, seed=rank) for rank in range(num)]
+    results = workers(num).run(_ddp_moments, options, _bucket_tap, units)
+    moments = [m for m, _ in results]
+    assert same_bits(moments)
+    assert moments[0].num_units == num
+    assert_equal(moments[0], expected(ToyDetector(width=32), units))
+
+
+@pytest.mark.parametrize(
+    "make, kind", [(_build_tap, "BucketTap"), (_taken_slot, "TensorTap")], ids=["free", "taken"]
+)
+def test_a_taken_hook_slot_falls_back_to_tensor_hooks(workers, make, kind):
+    units = [batch(4, seed=rank) for rank in range(2)]
+    results = workers(2).run(_ddp_moments, {}, make, units)
+    assert [k for _, k in results] == [kind, kind]
+    assert same_bits([m for m, _ in results])
+    assert_equal(results[0][0], expected(ToyDetector(width=32), units))
+
+
+def _count_collectives(interval):
+    """In a worker: (name, bytes) of every collective call by step, measured or not."""
+    model = ToyDetector(width=32)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=0.002)
+    tap = BucketTap(ddp, assign_modules(model)) if interval else None
+    calls: list = []
+    originals = {}
+    for name in ("all_reduce", "all_gather", "broadcast", "reduce", "reduce_scatter", "barrier"):
+        originals[name] = original = getattr(dist, name)
+
+        def spy(*args, _name=name, _original=original, **kwargs):
+            size = args[0].numel() * args[0].element_size() if args else 0
+            calls.append((_name, size))
+            return _original(*args, **kwargs)
+
+        setattr(dist, name, spy)
+    steps = []
+    try:
+        for step in range(6):
+            calls.clear()
+            measured = bool(interval) and step % interval == 0
+            if measured:
+                tap.start()
+            ddp.zero_grad()
+            loss(ddp, batch(4, seed=step)).backward()
+            if measured:
+                tap.collect()
+            steps.append((measured, list(calls)))
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return steps
+
+
+def test_a_measurement_costs_one_small_all_reduce_and_other_steps_none(workers):
+    steps = workers(2).run(_count_collectives, 3)[0][2:]  # after buckets are rebuilt
+    plain = [calls for measured, calls in steps if not measured]
+    measuring = [calls for measured, calls in steps if measured]
+    assert len({len(calls) for calls in plain}) == 1 and len(plain[0]) > 1  # one a bucket
+    parameter_bytes = 4 * sum(p.numel() for p in ToyDetector(width=32).parameters())
+    for calls in plain:
+        assert sum(size for _, size in calls) == parameter_bytes
+    for calls in measuring:
+        assert len(calls) == len(plain[0]) + 1
+        name, size = calls[-1]
+        assert name == "all_reduce"
+        assert size == 8 * (2 * 4 + 1) <= 24 * 4 + 64  # S1 and S2 of 4 modules, and K
+
+
+def _gradients(tapped, measured):
+    model = ToyDetector(width=32)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=0.002)
+    tap = BucketTap(ddp, assign_modules(model)) if tapped else None
+    for step in range(3):
+        if measured:
+            tap.start()
+        ddp.zero_grad()
+        loss(ddp, batch(3, seed=10 * step + dist.get_rank())).backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_gradients_are_bit_identical_to_plain_ddp(workers, measured):
+    pool = workers(3)  # 1/3 is where a division and a multiplication differ
+    plain = pool.run(_gradients, False, False)[0]
+    tapped = pool.run(_gradients, True, measured)[0]
+    assert all(torch.equal(a, b) for a, b in zip(plain, tapped, strict=True))
+
+
+def _one_sided(case):
+    """In a worker: rank 1's box head gets no gradient, or a NaN."""
+    model = ToyDetector(width=32)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=0.002, find_unused_parameters=True)
+    tap = BucketTap(ddp, assign_modules(model))
+    for _ in range(2):
+        tap.start()
+        ddp.zero_grad()
+        losses = ddp(batch(4, seed=dist.get_rank()))
+        odd = dist.get_rank() == 1
+        if case == "none" and odd:
+            losses = {"loss_rpn": losses["loss_rpn"]}
+        total = sum(losses.values())
+        if case == "nan" and odd:
+            total = losses["loss_rpn"] + losses["loss_box"] * float("nan")
+        total.backward()
+        moments = tap.collect()
+    return moments
+
+
+def test_no_gradient_on_one_worker_counts_as_zero(workers):
+    results = workers(2).run(_one_sided, "none")
+    assert same_bits(results)
+    model = ToyDetector(width=32)
+    names = parameter_names(model)["box_head"]
+    vector = reference.flatten(reference.unit_gradients(model, loss, [batch(4, seed=0)]), names)[0]
+    s1, s2 = reference.moments([vector, torch.zeros_like(vector)])
+    assert float(results[0].unit_sq[3]) == pytest.approx(s1, rel=1e-5)
+    assert float(results[0].mean_sq[3]) == pytest.approx(s2, rel=1e-5)
+
+
+def test_nan_on_one_worker_is_nan_on_all(workers):
+    results = workers(2).run(_one_sided, "nan")
+    for moments in results:
+        assert moments.unit_sq[3].isnan() and moments.mean_sq[3].isnan()
+        assert moments.unit_sq[2].isfinite()  # the RPN's gradient does not pass the box head
+
+
+def _workers_times_micro_batches(units):
+    model = ToyDetector()
+    ddp = DistributedDataParallel(model)
+    tap = build_tap(ddp, assign_modules(model), 3, None)
+    mine = units[3 * dist.get_rank() :][:3]
+    tap.start()
+    for i, unit in enumerate(mine):
+        if i < 2:
+            with ddp.no_sync():
+                (loss(ddp, unit) / 3).backward()
+        else:
+            (loss(ddp, unit) / 3).backward()
+        tap.unit_done(1 / 3)
+    tap.average_done()
+    return tap.collect()
+
+
+def test_workers_with_micro_batches_have_workers_times_micro_batches_units(workers):
+    units = [batch(2, seed=i) for i in range(6)]
+    results = workers(2).run(_workers_times_micro_batches, units)
+    assert same_bits(results) and results[0].num_units == 6
+    wanted = expected(ToyDetector(), units)
+    assert_equal(results[0], wanted)
+    vectors = reference.flatten(
+        reference.unit_gradients(ToyDetector(), loss, units),
+        parameter_names(ToyDetector())["backbone"],
+    )
+    found = pairwise_variance(results[0].unit_sq[0], results[0].mean_sq[0], 6)
+    assert found == pytest.approx(reference.pairwise_variance(vectors), abs=1e-5)
+
+
+def _accumulated_without_the_trainer(units):
+    model = ToyDetector()
+    ddp = DistributedDataParallel(model)
+    tap = build_tap(ddp, assign_modules(model), 1, None)
+    mine = units[dist.get_rank()]
+    tap.start()
+    with ddp.no_sync():
+        (loss(ddp, mine[:2]) / 2).backward()
+    (loss(ddp, mine[2:]) / 2).backward()
+    return tap.collect()
+
+
+def test_no_sync_accumulation_of_another_loop_is_one_unit_a_worker(workers):
+    units = [batch(4, seed=i) for i in range(2)]
+    results = workers(2).run(_accumulated_without_the_trainer, units)
+    assert results[0].num_units == 2
+    assert_equal(results[0], expected(ToyDetector(), units))
