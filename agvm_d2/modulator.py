@@ -93,8 +93,8 @@ class Modulator:
             raise ValueError(
                 f"The checkpoint's AGVM state is for the modules {', '.join(state['modules'])}, "
                 f"but this model has {', '.join(self.names)}. Resume with the model and "
-                "AGVM.MODULES of the saved run (its config.yaml), or start anew from these weights, without "
-                "--resume."
+                "AGVM.MODULES of the saved run (its config.yaml), or start anew from these "
+                "weights, without --resume."
             )
         for key in ("factors", "unit_sq", "mean_sq"):
             setattr(self, key, torch.tensor(state[key], dtype=torch.float64))
