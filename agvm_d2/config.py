@@ -49,7 +49,7 @@ def add_agvm_config(cfg: CN) -> None:
     # SOLVER.WARMUP_METHOD may also be "exp": the learning rate grows by a constant factor.
 
 
-def _one_of(key: str, value, allowed) -> None:
+def one_of(key: str, value, allowed) -> None:
     if value not in allowed:
         raise ValueError(f"{key}: found {value!r}, but it must be one of {', '.join(allowed)}.")
 
@@ -97,8 +97,8 @@ def check_config(cfg: CN, num_workers: int) -> None:
     if "AGVM" not in cfg:
         raise ValueError("The config has no AGVM keys: call add_agvm_config(cfg) after get_cfg().")
     agvm, solver = cfg.AGVM, cfg.SOLVER
-    _one_of("AGVM.MODE", agvm.MODE, MODES)
-    _one_of("AGVM.ESTIMATOR", agvm.ESTIMATOR, ESTIMATORS)
+    one_of("AGVM.MODE", agvm.MODE, MODES)
+    one_of("AGVM.ESTIMATOR", agvm.ESTIMATOR, ESTIMATORS)
     _check(agvm.INTERVAL >= 1, "AGVM.INTERVAL", agvm.INTERVAL, "it must be at least 1")
     for key in ("START_ITER", "STOP_ITER"):
         _check(agvm[key] >= -1, f"AGVM.{key}", agvm[key], "it must be -1 or an iteration")
@@ -125,10 +125,10 @@ def check_config(cfg: CN, num_workers: int) -> None:
             raise ValueError(
                 f"AGVM.MODULES: '{rule[1]}' of module '{rule[0]}' is not a regex: {error}."
             ) from None
-    _one_of("SOLVER.OPTIMIZER", solver.OPTIMIZER, OPTIMIZERS)
-    _one_of("SOLVER.WARMUP_METHOD", solver.WARMUP_METHOD, WARMUP_METHODS)
+    one_of("SOLVER.OPTIMIZER", solver.OPTIMIZER, OPTIMIZERS)
+    one_of("SOLVER.WARMUP_METHOD", solver.WARMUP_METHOD, WARMUP_METHODS)
     clip = solver.CLIP_GRADIENTS
-    _one_of("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip.CLIP_TYPE, CLIP_TYPES)
+    one_of("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip.CLIP_TYPE, CLIP_TYPES)
     window = tuple(clip.ITER_RANGE)
     _check(
         not window or (len(window) == 2 and _is_number(*window) and window[0] < window[1]),

@@ -9,7 +9,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from .config import ESTIMATORS, MODES
 from .config import micro_batches as micro_batches_of
+from .config import one_of
 from .modulator import Modulator
 from .modules import Rules, assign_modules
 from .moments import adam_precondition, build_tap
@@ -37,6 +39,8 @@ class AGVMHook(HookBase):
         modules: Rules = (),
         anchor: str = "backbone",
         mode: str = "modulate",
+        estimator: str = "pairwise",
+        comm_hook: tuple | None = None,
         interval: int = 10,
         start_iter: int = 0,
         stop_iter: int = -1,
@@ -52,6 +56,10 @@ class AGVMHook(HookBase):
             optimizer: its optimizer, each group of one module (`split_param_groups`).
             modules: rules as for `assign_modules`.
             mode: "modulate", or "monitor" to measure and log only.
+            estimator: "pairwise", or "split", the paper's: halves of the workers, else of the
+                micro-batches.
+            comm_hook: (state, hook), DDP's communication hook to run under the measurement, such as
+                (None, default_hooks.fp16_compress_hook); DDP takes only one, so give it here.
             micro_batches: backward passes of one worker in one iteration. Above 1 the training loop
                 calls `after_micro_batch` after each, as `MicroBatchTrainer` does.
             batch_size: images of one iteration over all workers, the unit of the noise scale, which
@@ -62,12 +70,14 @@ class AGVMHook(HookBase):
         Raises:
             ValueError: a bad rule or anchor, a group of several modules, an unknown mode.
         """
-        if mode not in ("modulate", "monitor"):
-            raise ValueError(f"AGVM.MODE: found '{mode}'; it must be modulate or monitor.")
+        one_of("AGVM.MODE", mode, MODES)
+        one_of("AGVM.ESTIMATOR", estimator, ESTIMATORS)
         self._model = model
         self._optimizer = optimizer
         self._modules = assign_modules(model, modules)
         self._mode = mode
+        self._split = estimator == "split"
+        self._comm_hook = comm_hook
         self._micro_batches = micro_batches
         self._batch_size = batch_size
         self._log_period = log_period
@@ -96,6 +106,7 @@ class AGVMHook(HookBase):
             "modules": agvm.MODULES,
             "anchor": agvm.ANCHOR,
             "mode": agvm.MODE,
+            "estimator": agvm.ESTIMATOR,
             "interval": agvm.INTERVAL,
             "start_iter": start,
             "stop_iter": agvm.STOP_ITER,
@@ -142,7 +153,14 @@ class AGVMHook(HookBase):
         adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
         if self._tap is None:  # train() may be called again
             precondition = adam_precondition(optimizer) if adam else None
-            self._tap = build_tap(self._model, self._modules, self._micro_batches, precondition)
+            self._tap = build_tap(
+                self._model,
+                self._modules,
+                self._micro_batches,
+                precondition,
+                self._split,
+                self._comm_hook,
+            )
             inner = getattr(self.trainer, "_trainer", None)
             if (
                 inner is not None
@@ -205,11 +223,13 @@ class AGVMHook(HookBase):
         self._tap.stop()  # where a GradScaler skipped the step
         storage, modulator = get_event_storage(), self.modulator
         if self._measured:
-            scalars = {"variance": modulator.variance, "lr_scale": modulator.factors}
-            if self._batch_size:
-                scalars["noise_scale"] = self.noise_scale()
+            scalars = {
+                "variance": zip(modulator.names, modulator.variance.tolist(), strict=True),
+                "lr_scale": zip(modulator.names, modulator.factors.tolist(), strict=True),
+                "noise_scale": self.noise_scale().items() if self._batch_size else (),
+            }
             for kind, values in scalars.items():
-                for name, value in zip(modulator.names, values.tolist(), strict=True):
+                for name, value in values:
                     if value == value:  # NaN: no gradient, or not measurable
                         storage.put_scalar(f"agvm/{kind}/{name}", value, smoothing_hint=False)
         last = modulator.num_units and not modulator.variance.isnan().all()
@@ -222,10 +242,16 @@ class AGVMHook(HookBase):
             )
             logger.info(f"AGVM: variance and LR factor  {line}")
 
-    def noise_scale(self) -> torch.Tensor:
-        """B_simple of each module in images, from averaged moments; NaN where not measurable."""
+    def noise_scale(self) -> dict[str, float]:
+        """B_simple of each module and of the whole "model" in images, from averaged moments; NaN
+        where it is not measurable. With Adam it is that of the preconditioned gradients."""
         modulator, units = self.modulator, self.modulator.num_units
-        return noise_scale(modulator.unit_sq, modulator.mean_sq, units, self._batch_size / units)
+        unit_sq, mean_sq = (
+            torch.cat([sq, sq.sum(0, keepdim=True)])
+            for sq in (modulator.unit_sq, modulator.mean_sq)
+        )
+        values = noise_scale(unit_sq, mean_sq, units, self._batch_size / units)
+        return dict(zip([*modulator.names, "model"], values.tolist(), strict=True))
 
     def after_train(self) -> None:
         """Leave the optimizer as it was, also after an exception in the middle of a step."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from .moments import Moments
-from .variance import lr_ratio, pairwise_variance
+from .variance import lr_ratio, pairwise_variance, split_variance
 
 
 class Modulator:
@@ -64,8 +64,11 @@ class Modulator:
 
     def update(self, moments: Moments) -> None:
         """Take a measurement in. A module without a finite variance keeps its factor."""
-        unit_sq, mean_sq, self.num_units = moments
-        self.variance = pairwise_variance(unit_sq, mean_sq, self.num_units)
+        unit_sq, mean_sq, self.num_units, halves, share = moments
+        if halves is None:
+            self.variance = pairwise_variance(unit_sq, mean_sq, self.num_units)
+        else:
+            self.variance = split_variance(*halves, mean_sq, share)
         target = lr_ratio(self.variance, self.variance[self.anchor], self.ratio_range).sqrt()
         a = self.momentum
         valid = target.isfinite()

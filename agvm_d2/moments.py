@@ -22,11 +22,15 @@ Precondition = Callable[[nn.Parameter, torch.Tensor], torch.Tensor]
 
 
 class Moments(NamedTuple):
-    """S1 and S2 of each module (float64, CPU, shape (modules,)) and the number K of units."""
+    """The numbers of one measurement, float64 on the CPU, one a module."""
 
-    unit_sq: torch.Tensor
-    mean_sq: torch.Tensor
-    num_units: int
+    unit_sq: torch.Tensor  # S1
+    mean_sq: torch.Tensor  # S2
+    num_units: int  # K
+    # `split` only: |a|^2 and |b|^2 of the halves' means, and the first half's share of the batch.
+    # The halves are then the units: K = 2.
+    halves: tuple[torch.Tensor, torch.Tensor] | None = None
+    share: float = 0.5
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
@@ -85,9 +89,9 @@ class ModuleSums:
 
 
 class _Tap:
-    """What both ways of tapping share: arm for one step, then hand out its moments."""
+    """What all taps share: arm for one step, then hand out its moments."""
 
-    def __init__(self, modules: Modules, precondition: Precondition | None, group):
+    def __init__(self, modules: Modules, precondition: Precondition | None, group=None):
         self.params = [p for params in modules.values() for p in params]
         self.owner = {p: i for i, params in enumerate(modules.values()) for p in params}
         self.num_modules = len(modules)
@@ -95,46 +99,55 @@ class _Tap:
         self.group = group
         self.workers = dist.get_world_size(group) if dist.is_initialized() else 1
         self.precondition = precondition
+        self.share: float | None = None  # of the first half, for `split`
         self.measuring = False
 
-    def _measure(self, sums: ModuleSums, params, grads) -> None:
+    def sums_of(self, params, grads) -> ModuleSums:
+        sums = ModuleSums(self.num_modules)
+        self.add_to(sums, params, grads)
+        return sums
+
+    def add_to(self, sums: ModuleSums, params, grads) -> None:
         params, grads = list(params), list(grads)
         if self.precondition is not None:
             grads = [self.precondition(p, g) for p, g in zip(params, grads, strict=True)]
         sums.add([self.owner[p] for p in params], grads)
 
-    def _local(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """This worker's S1 and S2, and its number of units."""
-        raise NotImplementedError
-
     def start(self) -> None:
         """Measure the coming backward pass(es)."""
         self.measuring = True
 
+    def unit_done(self, weight: float) -> None:
+        """A backward pass ended, whose gradient entered this worker's average as weight * u."""
+
+    def average_done(self) -> None:
+        """`.grad` holds the average, before clipping and unscaling."""
+
     def stop(self) -> None:
         self.measuring = False
 
-    def unit_done(self, weight: float) -> None:
-        """A backward pass ended."""
-
-    def average_done(self) -> None:
-        """`.grad` holds the average."""
+    def _local(self) -> tuple[torch.Tensor, int]:
+        """This worker's (S1, S2), or (|a|^2, |b|^2, S2) for `split`, and its number of units."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def collect(self) -> Moments:
-        """Moments over all workers; one all-reduce of 2 * modules + 1 float64 and one host sync.
-
-        Every worker gets the same bits, so that all decide alike.
+        """Moments over all workers: one all-reduce, of 2 * modules + 1 float64 (`split`: 3), and
+        one host sync. Every worker gets the same bits, so that all decide alike.
         """
         self.stop()
-        unit_sq, mean_sq, num_units = self._local()
+        rows, num_units = self._local()
         count = torch.tensor([float(num_units)], dtype=torch.float64, device=self.device)
-        numbers = torch.cat([unit_sq, mean_sq, count])
+        numbers = torch.cat([rows.flatten(), count])
         if self.workers > 1:
             dist.all_reduce(numbers, group=self.group)
         numbers = numbers.cpu()
-        unit_sq, mean_sq = numbers[:-1].view(2, -1) / self.workers
-        return Moments(unit_sq, mean_sq, int(numbers[-1]))
+        rows = numbers[:-1].view(-1, self.num_modules) / self.workers
+        if self.share is None:
+            return Moments(rows[0], rows[1], int(numbers[-1]))
+        sq_a, sq_b, mean_sq = rows
+        unit_sq = self.share * sq_a + (1 - self.share) * sq_b
+        return Moments(unit_sq, mean_sq, 2, (sq_a, sq_b), self.share)
 
 
 class BucketTap(_Tap):
@@ -142,7 +155,12 @@ class BucketTap(_Tap):
 
     A communication hook sees each flat bucket before averaging (S1) and its future after (S2), so
     clipping and loss scaling come later and both moments have one scale. Steps that are not
-    measured do just what DDP does without a hook.
+    measured do just what DDP does without a hook. With `split`, each bucket is also reduced within
+    each half of the workers, on measured steps only; with an odd number of workers the first half
+    has one more.
+
+    Args:
+        inner: (state, hook), the communication hook to run; plain averaging by default.
 
     Raises:
         RuntimeError: the model has a communication hook already.
@@ -153,19 +171,36 @@ class BucketTap(_Tap):
         model: DistributedDataParallel,
         modules: Modules,
         precondition: Precondition | None = None,
+        split: bool = False,
+        inner: tuple | None = None,
     ):
         super().__init__(modules, precondition, model.process_group)
+        self.inner = inner
+        if split:
+            ranks = dist.get_process_group_ranks(self.group)
+            cut = (self.workers + 1) // 2
+            self.share = cut / self.workers
+            halves = ranks[:cut], ranks[cut:]
+            groups = [dist.new_group(half, use_local_synchronization=True) for half in halves]
+            self.side = int(dist.get_rank() not in halves[0])
+            self.half, self.half_group = halves[self.side], groups[self.side]
         self._reset()
         model.register_comm_hook(self, _bucket_hook)
 
     def _reset(self) -> None:
-        self._unit, self._mean = ModuleSums(self.num_modules), {}
+        # By bucket: futures may end in any order, and the sum's bits must not depend on it.
+        self._unit: dict[int, ModuleSums] = {}
+        self._mean: dict[int, ModuleSums] = {}
+        self._pending: list[torch.futures.Future] = []
 
     def start(self) -> None:
         self._reset()
         super().start()
 
     def average(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        if self.inner is not None:
+            state, hook = self.inner
+            return hook(state, bucket)
         # DDP itself multiplies by 1/W; div_ would differ in the last bit for W = 3.
         buffer = bucket.buffer().mul_(1.0 / self.workers)
         work = dist.all_reduce(buffer, group=self.group, async_op=True)
@@ -178,27 +213,42 @@ class BucketTap(_Tap):
         params, grads, index = bucket.parameters(), bucket.gradients(), bucket.index()
         start = bucket.buffer().storage_offset()
         views = [(g.size(), g.stride(), g.storage_offset() - start) for g in grads]
-        self._measure(self._unit, params, grads)
 
         @torch.no_grad()
-        def after(future: torch.futures.Future) -> torch.Tensor:
-            mean = future.value()
-            sums = ModuleSums(self.num_modules)
-            offset = mean.storage_offset()
-            means = [mean.as_strided(size, stride, offset + o) for size, stride, o in views]
-            self._measure(sums, params, means)
-            self._mean[index] = sums  # futures may end in any order
-            return mean
+        def measure(found: dict[int, ModuleSums], future: torch.futures.Future) -> torch.Tensor:
+            flat = future.value()
+            flat = flat[0] if isinstance(flat, (list, tuple)) else flat
+            offset = flat.storage_offset()
+            parts = [flat.as_strided(size, stride, offset + o) for size, stride, o in views]
+            found[index] = self.sums_of(params, parts)
+            return flat
 
-        return after
+        if self.share is None or len(self.half) == 1:
+            self._unit[index] = self.sums_of(params, grads)
+        else:
+            copy = bucket.buffer().clone()
+            work = dist.reduce(copy, self.half[0], group=self.half_group, async_op=True)
+            future = work.get_future()
+            if dist.get_rank() == self.half[0]:
+                future = future.then(functools.partial(measure, self._unit))
+            self._pending.append(future)
+        return functools.partial(measure, self._mean)
 
-    def _local(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        mean_sq = torch.zeros(self.num_modules, dtype=torch.float64, device=self.device)
-        for index in sorted(self._mean):
-            mean_sq += self._mean[index].total(self.device)
-        unit_sq = self._unit.total(self.device)
+    def _total(self, found: dict[int, ModuleSums]) -> torch.Tensor:
+        total = torch.zeros(self.num_modules, dtype=torch.float64, device=self.device)
+        for index in sorted(found):
+            total += found[index].total(self.device)
+        return total
+
+    def _local(self) -> tuple[torch.Tensor, int]:
+        torch.futures.wait_all(self._pending)
+        unit_sq, mean_sq = self._total(self._unit), self._total(self._mean)
         self._reset()
-        return unit_sq, mean_sq, 1
+        if self.share is None:
+            return torch.stack([unit_sq, mean_sq]), 1
+        halves = torch.zeros(2, self.num_modules, dtype=torch.float64, device=self.device)
+        halves[self.side] = unit_sq * self.workers / len(self.half) ** 2  # 0 but on the half's root
+        return torch.cat([halves, mean_sq[None]]), 1
 
 
 def _bucket_hook(tap: BucketTap, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -211,8 +261,7 @@ class TensorTap(_Tap):
     """One unit a micro-batch: parameter hooks see each backward pass's own gradient.
 
     Works with one worker and where DDP's communication hook is taken. One small kernel a parameter
-    and pass, on measured steps only. Call `unit_done` after each backward pass and `average_done`
-    when `.grad` holds the average, before clipping or unscaling.
+    and pass, on measured steps only.
     """
 
     def __init__(self, modules: Modules, precondition: Precondition | None = None, group=None):
@@ -240,15 +289,12 @@ class TensorTap(_Tap):
 
     @torch.no_grad()
     def _see(self, param: nn.Parameter, grad: torch.Tensor) -> None:
-        self._measure(self._unit, [param], [grad])
+        self.add_to(self._unit, [param], [grad])
 
     @torch.no_grad()
     def unit_done(self, weight: float = 1.0) -> None:
-        """End a unit whose gradient entered the worker's average as weight * u.
-
-        Weighting S1 alike, sum_k w_k |u_k|^2, keeps S1 - S2 = (K - 1) tr(Sigma)/batch in
-        expectation for micro-batches of unequal size.
-        """
+        # Weighting S1 alike, sum_k w_k |u_k|^2, keeps S1 - S2 = (K - 1) tr(Sigma)/batch in
+        # expectation for micro-batches of unequal size.
         self._unit_sq += self._unit.total(self.device) / weight
         self._unit = ModuleSums(self.num_modules)
         self._num_units += 1
@@ -257,35 +303,107 @@ class TensorTap(_Tap):
     def average_done(self) -> None:
         if not self._num_units:  # a training loop without micro-batches
             self.unit_done()
-        sums = ModuleSums(self.num_modules)
         params = [p for p in self.params if p.grad is not None]
-        self._measure(sums, params, [p.grad for p in params])
-        self._mean_sq = sums.total(self.device)
+        self._mean_sq = self.sums_of(params, [p.grad for p in params]).total(self.device)
 
-    def _local(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def _local(self) -> tuple[torch.Tensor, int]:
         if self._mean_sq is None:
-            raise RuntimeError(
-                "AGVM did not see the averaged gradient: call AGVMHook.after_backward() between "
-                "backward() and clipping or optimizer.step(), as Detectron2's SimpleTrainer does."
-            )
-        result = self._unit_sq, self._mean_sq, self._num_units
+            raise RuntimeError(NOT_SEEN)
+        result = torch.stack([self._unit_sq, self._mean_sq]), self._num_units
         self._reset()
         return result
 
 
+class HalvesTap(_Tap):
+    """`split` for the micro-batches of one process: the first half of them against the second.
+
+    Keeps the first half's gradient from the middle of a measured step to its end.
+    """
+
+    def __init__(
+        self, modules: Modules, micro_batches: int, precondition: Precondition | None = None
+    ):
+        super().__init__(modules, precondition)
+        self.cut = (micro_batches + 1) // 2
+        self._reset()
+
+    def _reset(self) -> None:
+        self._first: dict[nn.Parameter, torch.Tensor] | None = None
+        self._rows: torch.Tensor | None = None
+        self._num_units, self.share = 0, 0.0
+
+    def start(self) -> None:
+        self._reset()
+        super().start()
+
+    @torch.no_grad()
+    def unit_done(self, weight: float) -> None:
+        self._num_units += 1
+        if self._num_units <= self.cut:
+            self.share += weight
+        if self._num_units == self.cut:
+            self._first = {p: p.grad.clone() for p in self.params if p.grad is not None}
+
+    @torch.no_grad()
+    def average_done(self) -> None:
+        params = [p for p in self.params if p.grad is not None]
+        first, grads = self._first or {}, [p.grad for p in params]
+        zero = torch.zeros((), device=self.device)
+        halves = [
+            [first.get(p, zero).expand_as(p) / self.share for p in params],
+            [
+                (g - first.get(p, zero)) / (1 - self.share)
+                for p, g in zip(params, grads, strict=True)
+            ],
+            grads,
+        ]
+        self._rows = torch.stack([self.sums_of(params, half).total(self.device) for half in halves])
+
+    def _local(self) -> tuple[torch.Tensor, int]:
+        if self._rows is None:
+            raise RuntimeError(NOT_SEEN)
+        return self._rows, self._num_units
+
+
+NOT_SEEN = (
+    "AGVM did not see the averaged gradient: call AGVMHook.after_backward() between backward() and "
+    "clipping or optimizer.step(), as Detectron2's SimpleTrainer does."
+)
+
+
 def build_tap(
-    model: nn.Module, modules: Modules, micro_batches: int, precondition: Precondition | None
-) -> BucketTap | TensorTap:
-    """The cheapest tap that sees every unit: K = workers * micro_batches."""
+    model: nn.Module,
+    modules: Modules,
+    micro_batches: int = 1,
+    precondition: Precondition | None = None,
+    split: bool = False,
+    inner: tuple | None = None,
+) -> _Tap:
+    """The cheapest tap that sees every unit: K = workers * micro_batches.
+
+    Raises:
+        ValueError: `split` with several workers needs DDP and its communication hook.
+    """
     if not isinstance(model, DistributedDataParallel):
-        return TensorTap(modules, precondition)
-    if micro_batches == 1:
+        return (
+            HalvesTap(modules, micro_batches, precondition)
+            if split
+            else TensorTap(modules, precondition)
+        )
+    if split or micro_batches == 1:
         try:
-            return BucketTap(model, modules, precondition)
-        except RuntimeError:  # only one hook fits, and fp16_compression=True takes it
+            return BucketTap(model, modules, precondition, split, inner)
+        except RuntimeError as error:  # only one hook fits, and fp16_compression=True takes it
+            if split:
+                raise ValueError(
+                    "AGVM.ESTIMATOR split needs DDP's communication hook, which is taken: give the "
+                    "hook to AGVMHook(comm_hook=(state, hook)) instead, or use pairwise."
+                ) from error
             logging.getLogger("detectron2.agvm_d2").info(
                 "AGVM: DDP's communication hook is taken; measuring with parameter hooks instead."
             )
+    elif inner is not None:
+        model.register_comm_hook(*inner)
     return TensorTap(modules, precondition, model.process_group)
 
 

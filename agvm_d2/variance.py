@@ -51,14 +51,17 @@ def pairwise_variance(unit_sq, mean_sq, num_units):
 
 
 @_elementwise
-def split_variance(sq_a, sq_b, mean_sq):
+def split_variance(sq_a, sq_b, mean_sq, share=0.5):
     """The paper's variance, 1 - cos(a, b), from norms alone.
 
     Args:
-        sq_a, sq_b: squared norms of the mean gradients a, b of two equal halves of the units.
-        mean_sq: squared norm of (a + b)/2, which gives ab = 2 |m|^2 - (|a|^2 + |b|^2)/2.
+        sq_a, sq_b: squared norms of the mean gradients a, b of two halves of the units.
+        mean_sq: squared norm of the mean m = s a + (1 - s) b, which gives the product ab; for equal
+            halves ab = 2 |m|^2 - (|a|^2 + |b|^2)/2.
+        share: s, the first half's share of the units.
     """
-    dot = 2 * mean_sq - (sq_a + sq_b) / 2
+    rest = 1 - share
+    dot = (mean_sq - share**2 * sq_a - rest**2 * sq_b) / (2 * share * rest)
     return (1 - dot / (sq_a * sq_b).sqrt()).clamp(min=0)
 
 

@@ -207,11 +207,36 @@ def test_a_skipped_step_drops_the_measurement():
     assert hook.modulator.factors.tolist() == pytest.approx(list(wanted.values()), rel=1e-5)
 
 
+def test_split_compares_the_first_micro_batches_with_the_others():
+    for sizes in ((4, 4), (3, 2, 3), (2, 2, 2, 2)):
+        model, total = ToyDetector(), sum(sizes)
+        optimizer = sgd(model)
+        hook = make_hook(model, optimizer, interval=1, estimator="split", micro_batches=len(sizes))
+        data = batch(total)
+        units = [data[sum(sizes[:i]) :][:size] for i, size in enumerate(sizes)]
+        gradients = reference.unit_gradients(model, loss, units)
+        with EventStorage(0):
+            hook.before_step()
+            for unit, size in zip(units, sizes):
+                (loss(model, unit) * size / total).backward()
+                hook.after_micro_batch(size / total)
+            hook.after_backward()
+            optimizer.step()
+            hook.after_step()
+        cut = (len(sizes) + 1) // 2
+        for i, names in enumerate(parameter_names(model).values()):
+            weighted = [u * n for u, n in zip(reference.flatten(gradients, names), sizes)]
+            a, b = sum(weighted[:cut]), sum(weighted[cut:])
+            wanted = reference.split_variance([a], [b])
+            assert float(hook.modulator.variance[i]) == pytest.approx(wanted, abs=1e-5)
+
+
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
-def test_monitor_measures_and_changes_nothing(optimizer_class):
+@pytest.mark.parametrize("estimator", ["pairwise", "split"])
+def test_monitor_measures_and_changes_nothing(optimizer_class, estimator):
     plain, watched = ToyDetector(), ToyDetector()
     optimizer = split_param_groups(optimizer_class(watched.parameters(), lr=0.01), watched)
-    hook, _ = run(watched, optimizer, interval=1, mode="monitor", steps=5)
+    hook, _ = run(watched, optimizer, interval=1, mode="monitor", steps=5, estimator=estimator)
     optimizer = optimizer_class(plain.parameters(), lr=0.01)
     for i in range(5):
         optimizer.zero_grad()
@@ -236,7 +261,7 @@ def test_scalars_and_the_line_in_the_log(d2_log):
         assert latest[f"agvm/lr_scale/{name}"][0] == hook.modulator.factors[i].item()
         value, iteration = latest.get(f"agvm/noise_scale/{name}", (None, -1))
         if iteration == 1:  # not where it was not measurable
-            assert value == hook.noise_scale()[i].item()
+            assert value == hook.noise_scale()[name]
     assert any("noise_scale" in name for name in latest)
     lines = [r.getMessage() for r in d2_log.records if "variance and LR factor" in r.getMessage()]
     assert len(lines) == 1 and all(name in lines[0] for name in MODULES)
@@ -245,18 +270,18 @@ def test_scalars_and_the_line_in_the_log(d2_log):
 def test_noise_scale_is_of_averaged_moments_in_images():
     model = ToyDetector()
     hook, _ = run(model, sgd(model, lr=0.0), interval=1, momentum=0.75, batch_size=8, steps=3)
-    s1 = s2 = 0.0
-    for i in range(3):
-        gradients = reference.unit_gradients(
-            model, loss, [batch(4, seed=10 * i + h) for h in (0, 1)]
-        )
-        vectors = reference.flatten(gradients, parameter_names(model)["backbone"])
-        unit_sq, mean_sq = reference.moments(vectors)
-        s1, s2 = 0.75 * s1 + 0.25 * unit_sq, 0.75 * s2 + 0.25 * mean_sq
-    # K = 2, 4 images a unit: tr = 4 * 2 (S1 - S2), |G|^2 = S2 - (S1 - S2).
-    signal = 2 * s2 - s1
-    wanted = 8 * (s1 - s2) / signal if signal > 0 else math.nan
-    assert hook.noise_scale()[0].item() == pytest.approx(wanted, rel=1e-4, nan_ok=True)
+    names = {**parameter_names(model), "model": [n for n, _ in model.named_parameters()]}
+    for module in names:
+        s1 = s2 = 0.0
+        for i in range(3):
+            units = [batch(4, seed=10 * i + h) for h in (0, 1)]
+            vectors = reference.flatten(reference.unit_gradients(model, loss, units), names[module])
+            unit_sq, mean_sq = reference.moments(vectors)
+            s1, s2 = 0.75 * s1 + 0.25 * unit_sq, 0.75 * s2 + 0.25 * mean_sq
+        # K = 2, 4 images a unit: tr = 4 * 2 (S1 - S2), |G|^2 = S2 - (S1 - S2).
+        signal = 2 * s2 - s1
+        wanted = 8 * (s1 - s2) / signal if signal > 0 else math.nan
+        assert hook.noise_scale()[module] == pytest.approx(wanted, rel=1e-4, nan_ok=True)
 
 
 def test_one_gradient_warns_once_and_trains_on(d2_log):
@@ -284,6 +309,8 @@ def test_an_unknown_mode_is_an_error():
     model = ToyDetector()
     with pytest.raises(ValueError, match="AGVM.MODE: found 'both'"):
         AGVMHook(model, sgd(model), mode="both")
+    with pytest.raises(ValueError, match="AGVM.ESTIMATOR: found 'cos'"):
+        AGVMHook(model, sgd(model), estimator="cos")
 
 
 def test_from_config(d2_log, tmp_path):

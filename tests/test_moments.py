@@ -1,5 +1,6 @@
 """Moments from every way of tapping gradients, against tests/reference.py."""
 
+import functools
 import pytest
 import reference
 import torch
@@ -10,7 +11,7 @@ from toy import ToyDetector, batch, loss, parameter_names
 
 from agvm_d2.modules import assign_modules
 from agvm_d2.moments import BLOCK, BucketTap, TensorTap, adam_precondition, block_norms, build_tap
-from agvm_d2.variance import pairwise_variance
+from agvm_d2.variance import pairwise_variance, split_variance
 
 
 def expected(model, units, weights=None) -> dict[str, tuple[float, float]]:
@@ -186,12 +187,12 @@ def _bucket_tap(ddp, modules):
 
 
 def _build_tap(ddp, modules):
-    return build_tap(ddp, modules, 1, None)
+    return build_tap(ddp, modules)
 
 
 def _taken_slot(ddp, modules):
     ddp.register_comm_hook(ddp.process_group, default_hooks.allreduce_hook)
-    return build_tap(ddp, modules, 1, None)
+    return build_tap(ddp, modules)
 
 
 def same_bits(results):
@@ -231,6 +232,78 @@ def test_a_taken_hook_slot_falls_back_to_tensor_hooks(workers, make, kind):
     assert [k for _, k in results] == [kind, kind]
     assert same_bits([m for m, _ in results])
     assert_equal(results[0][0], expected(ToyDetector(width=32), units))
+
+
+def _split_tap(ddp, modules):
+    return build_tap(ddp, modules, split=True)
+
+
+def _compressed(split, ddp, modules):
+    return BucketTap(ddp, modules, split=split, inner=(None, default_hooks.fp16_compress_hook))
+
+
+@pytest.mark.parametrize("num", [2, 3, 4])
+def test_split_equals_the_literal_formula_on_gathered_gradients(workers, num):
+    units = [batch(4, seed=rank) for rank in range(num)]
+    results = [m for m, _ in workers(num).run(_ddp_moments, {}, _split_tap, units)]
+    assert same_bits(results) and results[0].num_units == 2
+    model = ToyDetector(width=32)
+    gradients = reference.unit_gradients(model, loss, units)
+    cut = (num + 1) // 2  # the first half has one more of an odd number
+    assert results[0].share == cut / num
+    for i, names in enumerate(parameter_names(model).values()):
+        vectors = reference.flatten(gradients, names)
+        wanted = reference.split_variance(vectors[:cut], vectors[cut:])
+        sq_a, sq_b = (half[i] for half in results[0].halves)
+        found = split_variance(sq_a, sq_b, results[0].mean_sq[i], results[0].share)
+        assert found == pytest.approx(wanted, abs=1e-5)
+
+
+def test_split_needs_the_hook_slot(workers):
+    results = workers(2).run(_split_with_a_taken_slot)
+    assert all("comm_hook=(state, hook)" in message for message in results)
+
+
+def _split_with_a_taken_slot():
+    ddp = DistributedDataParallel(ToyDetector())
+    ddp.register_comm_hook(ddp.process_group, default_hooks.allreduce_hook)
+    try:
+        build_tap(ddp, assign_modules(ddp), split=True)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_half_precision_compression_composes(workers, split):
+    units = [batch(4, seed=rank) for rank in range(2)]
+    make = functools.partial(_compressed, split)
+    results = [m for m, _ in workers(2).run(_ddp_moments, {}, make, units)]
+    assert same_bits(results)
+    # S1 is of the float32 gradients, S2 of what was averaged in float16.
+    wanted = expected(ToyDetector(width=32), units)
+    assert [float(v) for v in results[0].unit_sq] == pytest.approx(
+        [s1 for s1, _ in wanted.values()], rel=1e-5
+    )
+    assert [float(v) for v in results[0].mean_sq] == pytest.approx(
+        [s2 for _, s2 in wanted.values()], rel=2e-3
+    )
+
+
+def test_compression_under_micro_batches_is_registered_all_the_same(workers):
+    assert workers(2).run(_compressed_micro_batches) == [True, True]
+
+
+def _compressed_micro_batches():
+    calls = []
+
+    def inner(state, bucket):
+        calls.append(bucket.index())
+        return default_hooks.allreduce_hook(state, bucket)
+
+    ddp = DistributedDataParallel(ToyDetector())
+    build_tap(ddp, assign_modules(ddp), micro_batches=2, inner=(ddp.process_group, inner))
+    loss(ddp, batch(2)).backward()
+    return calls == [0]
 
 
 def _count_collectives(interval):
@@ -343,7 +416,7 @@ def test_nan_on_one_worker_is_nan_on_all(workers):
 def _workers_times_micro_batches(units):
     model = ToyDetector()
     ddp = DistributedDataParallel(model)
-    tap = build_tap(ddp, assign_modules(model), 3, None)
+    tap = build_tap(ddp, assign_modules(model), 3)
     mine = units[3 * dist.get_rank() :][:3]
     tap.start()
     for i, unit in enumerate(mine):
@@ -374,7 +447,7 @@ def test_workers_with_micro_batches_have_workers_times_micro_batches_units(worke
 def _accumulated_without_the_trainer(units):
     model = ToyDetector()
     ddp = DistributedDataParallel(model)
-    tap = build_tap(ddp, assign_modules(model), 1, None)
+    tap = build_tap(ddp, assign_modules(model))
     mine = units[dist.get_rank()]
     tap.start()
     with ddp.no_sync():

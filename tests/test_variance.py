@@ -55,6 +55,14 @@ def test_split_equals_one_minus_cosine():
     assert found == pytest.approx(reference.split_variance([a], [b]))
 
 
+def test_split_of_unequal_halves():
+    g = torch.Generator().manual_seed(2)
+    a, b = torch.randn(2, 30, generator=g, dtype=torch.float64)
+    mean = (2 * a + b) / 3
+    found = split_variance(float(a.dot(a)), float(b.dot(b)), float(mean.dot(mean)), share=2 / 3)
+    assert found == pytest.approx(reference.split_variance([a], [b]))
+
+
 def test_variance_is_never_negative_and_never_capped_above():
     assert pairwise_variance(1.0, 1.0 + 1e-12, 4) == 0.0
     assert split_variance(1.0, 1.0, 1.0 + 1e-12) == 0.0
