@@ -213,18 +213,32 @@ class BucketTap(_Tap):
         params, grads, index = bucket.parameters(), bucket.gradients(), bucket.index()
         start = bucket.buffer().storage_offset()
         views = [(g.size(), g.stride(), g.storage_offset() - start) for g in grads]
+        spans: list[list[int]] = []  # [module, begin, end]: neighbours of one module in one piece
+        for param, grad, (_, _, begin) in zip(params, grads, views, strict=True):
+            module, end = self.owner[param], begin + grad.numel()
+            if spans and spans[-1][0] == module and spans[-1][2] == begin:
+                spans[-1][2] = end
+            else:
+                spans.append([module, begin, end])
+
+        def sums_of_flat(flat: torch.Tensor) -> ModuleSums:
+            if self.precondition is not None:
+                offset = flat.storage_offset()
+                parts = [flat.as_strided(size, stride, offset + o) for size, stride, o in views]
+                return self.sums_of(params, parts)
+            sums = ModuleSums(self.num_modules)
+            sums.add([m for m, _, _ in spans], [flat[begin:end] for _, begin, end in spans])
+            return sums
 
         @torch.no_grad()
         def measure(found: dict[int, ModuleSums], future: torch.futures.Future) -> torch.Tensor:
             flat = future.value()
             flat = flat[0] if isinstance(flat, (list, tuple)) else flat
-            offset = flat.storage_offset()
-            parts = [flat.as_strided(size, stride, offset + o) for size, stride, o in views]
-            found[index] = self.sums_of(params, parts)
+            found[index] = sums_of_flat(flat)
             return flat
 
         if self.share is None or len(self.half) == 1:
-            self._unit[index] = self.sums_of(params, grads)
+            self._unit[index] = sums_of_flat(bucket.buffer())
         else:
             copy = bucket.buffer().clone()
             work = dist.reduce(copy, self.half[0], group=self.half_group, async_op=True)

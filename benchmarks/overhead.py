@@ -6,8 +6,8 @@ code's scheme, on a CPU over gloo.
 
 Variants run interleaved in one job, blocks of 10 steps in rotating order, on the same images with
 the same random numbers; one thread a worker. Ratios are of a block's mean step to plain DDP's in the
-same round: median (lowest to highest round). "own code" is CPU time inside the package's functions
-over the steps' wall time, DDP's own averaging included. Peak memory is taken in jobs of their own.
+same round: median (lowest to highest). "own code" is CPU time in the package's functions, DDP's
+own averaging included, over wall time. Peak memory is taken in jobs of their own.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def count_collectives(job: Job, steps: int) -> list[tuple[int, int]]:
     return counted
 
 
-def averaging_hook(state, bucket) -> torch.futures.Future[torch.Tensor]:
+def averaging_hook(state, bucket):
     """What DDP does in C++ without a hook, where the spy can see it."""
     buffer = bucket.buffer().div_(dist.get_world_size())
     return dist.all_reduce(buffer, async_op=True).get_future().then(lambda f: f.value()[0])
@@ -320,15 +320,15 @@ def main() -> None:
         report["runs"][workers] = {**timed, "collectives": counted, "peak_memory": memory}
         print(f"\n{args.model}, {workers} workers, {args.rounds} rounds of {BLOCK} steps:\n")
         print(
-            "| variant | step, s | step / plain | own code, % | measured: calls, MB | other: calls, MB "
-            "| peak memory, MB more |\n|---|---|---|---|---|---|---|"
+            "| variant | step, s | step / plain | own code, % | measured: calls, MB "
+            "| other: calls, MB | peak memory, MB more |\n|---|---|---|---|---|---|---|"
         )
         plain = timed["seconds"]["plain"]
         for v in VARIANTS:
             ratios = [a / b for a, b in zip(timed["seconds"][v], plain, strict=True)]
             calls = [
-                f"{number}, {size / 1e6:.6f}"
-                for number, size in (counted[v]["measured"], counted[v]["other"])
+                f"{calls}, {size / 1e6:.6f}"
+                for calls, size in (counted[v]["measured"], counted[v]["other"])
             ]
             print(
                 f"| {v} | {statistics.median(timed['seconds'][v]):.3f} | {spread(ratios, '.4f')} "

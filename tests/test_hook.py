@@ -117,6 +117,20 @@ def test_lr_as_a_tensor_keeps_its_object_and_value():
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
+@pytest.mark.parametrize("kind", ["foreach", "fused"])
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
+def test_foreach_and_fused_optimizers(optimizer_class, kind):
+    one, two = ToyDetector(), ToyDetector()
+    plain = split_param_groups(optimizer_class(one.parameters(), lr=0.01, foreach=False), one)
+    other = split_param_groups(optimizer_class(two.parameters(), lr=0.01, **{kind: True}), two)
+    hook, _ = run(one, plain, interval=1, start_iter=1)
+    same, _ = run(two, other, interval=1, start_iter=1)
+    torch.testing.assert_close(hook.modulator.factors, same.modulator.factors)
+    assert (hook.modulator.factors[1:] != 1).all()
+    for a, b in zip(one.parameters(), two.parameters()):
+        torch.testing.assert_close(a, b)
+
+
 def clipped_sgd(model, built_before: bool, per_class: bool):
     """Detectron2's clipping subclass, with and without a plain SGD built earlier."""
     cfg = get_cfg()

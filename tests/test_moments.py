@@ -289,6 +289,80 @@ def test_half_precision_compression_composes(workers, split):
     )
 
 
+def _adam(units, scaled):
+    """In a worker: AdamW's moments under DDP, also with a loss scale that phi must not see."""
+    model = ToyDetector(width=32)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=0.002)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3)
+    tap = BucketTap(ddp, assign_modules(model), adam_precondition(optimizer))
+    for seed in range(3):
+        optimizer.zero_grad()
+        loss(ddp, batch(4, seed=50 + seed)).backward()  # the same on all workers
+        optimizer.step()
+    tap.start()
+    optimizer.zero_grad()
+    (loss(ddp, units[dist.get_rank()]) * (1024.0 if scaled else 1.0)).backward()
+    return tap.collect()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_adam_under_ddp(workers, scaled):
+    units = [batch(4, seed=rank) for rank in range(2)]
+    results = workers(2).run(_adam, units, scaled)
+    assert same_bits(results)
+    model = ToyDetector(width=32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3)
+    for seed in range(3):
+        optimizer.zero_grad()
+        loss(model, batch(4, seed=50 + seed)).backward()
+        optimizer.step()
+    gradients = reference.unit_gradients(model, loss, units)
+    for i, names in enumerate(parameter_names(model).values()):
+        vectors = []
+        for gradient in gradients:
+            parts = []
+            for name in names:
+                v = optimizer.state[model.get_parameter(name)]["exp_avg_sq"].double()
+                parts.append((gradient[name] / (v.sqrt() + 1e-3)).reshape(-1))
+            vectors.append(torch.cat(parts))
+        found = pairwise_variance(results[0].unit_sq[i], results[0].mean_sq[i], 2)
+        assert found == pytest.approx(reference.pairwise_variance(vectors), abs=1e-5)
+
+
+def _shared_and_frozen(units):
+    model = shared_and_frozen()
+    ddp = DistributedDataParallel(model, bucket_cap_mb=0.002)
+    tap = BucketTap(ddp, assign_modules(model))
+    tap.start()
+    loss(ddp, units[dist.get_rank()]).backward()
+    return tap.collect()
+
+
+def shared_and_frozen():
+    model = ToyDetector(width=32)
+    model.roi_heads.box_head.weight = model.proposal_generator.weight
+    model.backbone.bottom_up[0].requires_grad_(False)
+    return model
+
+
+def test_shared_and_frozen_parameters_under_ddp(workers):
+    units = [batch(4, seed=rank) for rank in range(2)]
+    results = workers(2).run(_shared_and_frozen, units)
+    model = shared_and_frozen()
+    gradients = reference.unit_gradients(model, loss, units)
+    for i, names in enumerate(
+        (
+            ["backbone.bottom_up.2.weight", "backbone.bottom_up.2.bias"],
+            ["backbone.fpn_lateral2.weight", "backbone.fpn_lateral2.bias"],
+            ["proposal_generator.weight", "proposal_generator.bias"],
+            ["roi_heads.box_head.bias"],
+        )
+    ):
+        s1, s2 = reference.moments(reference.flatten(gradients, names))
+        assert float(results[0].unit_sq[i]) == pytest.approx(s1, rel=1e-5)
+        assert float(results[0].mean_sq[i]) == pytest.approx(s2, rel=1e-5)
+
+
 def test_compression_under_micro_batches_is_registered_all_the_same(workers):
     assert workers(2).run(_compressed_micro_batches) == [True, True]
 
