@@ -5,9 +5,9 @@ code's scheme, on a CPU over gloo.
     python benchmarks/overhead.py --model r50 --workers 2 --rounds 5 --json overhead.json
 
 Variants run interleaved in one job, blocks of 10 steps in rotating order, on the same images with
-the same random numbers; one thread a worker. Ratios are of a block's mean step to plain DDP's in the
-same round: median (lowest to highest). "own code" is CPU time in the package's functions, DDP's
-own averaging included, over wall time. Peak memory is taken in jobs of their own.
+the same random numbers; one thread a worker. Ratios: a block's mean step to plain DDP's in the
+same round: median (lowest to highest round). "own code" is CPU time in the package's functions over
+wall time; it includes DDP's own averaging. Peak memory is taken in jobs of their own.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ os.environ["DETECTRON2_DATASETS"] = DATASETS = os.environ.get(
     "AGVM_TEST_DATASETS"
 ) or tempfile.mkdtemp(prefix="agvm_d2-test-datasets-")
 os.environ["AGVM_TEST_DATASETS"] = DATASETS
-os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("AGVM_TEST_CUDA", "")
 
 TIMEOUT = 300
 

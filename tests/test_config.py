@@ -41,7 +41,8 @@ def test_the_toy_config_is_good(tmp_path):
         ({"MODEL__DEVICE": "cuda"}, "MODEL.DEVICE: found 'cuda', .*MODEL.DEVICE cpu"),
     ],
 )
-def test_bad_values_are_named(tmp_path, options, message):
+def test_bad_values_are_named(tmp_path, options, message, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     cfg = toy_config(tmp_path, **options)
     with pytest.raises(ValueError, match=message):
         check_config(cfg, 1)

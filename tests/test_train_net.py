@@ -126,7 +126,8 @@ def args(*opts, config=DIGITS, num_gpus=1, eval_only=False):
         (["MODEL.DEVICE", "cuda"], "MODEL.DEVICE: found 'cuda', .*MODEL.DEVICE cpu"),
     ],
 )
-def test_bad_config_values(opts, message, tmp_path):
+def test_bad_config_values(opts, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises((ValueError, KeyError, OSError), match=message):
         train_net.setup(args("OUTPUT_DIR", tmp_path / "out", *opts))
     assert not (tmp_path / "out").exists()  # nothing was written
