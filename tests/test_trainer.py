@@ -6,7 +6,7 @@ import os
 import pytest
 import reference
 import torch
-from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
+from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
 from detectron2.solver import build_optimizer as d2_build_optimizer
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -170,6 +170,36 @@ def test_monitor_is_bit_identical_to_off_with_two_workers(workers, tmp_path, opt
     assert same(off[0][0], monitor[0][0])
     assert (monitor[0][1][1:] != 1).all()
     assert monitor[0][2] == {0.05}
+
+
+def lazyconfig_loop(compressed):
+    """In a worker: the trainer of Detectron2's lazyconfig_train_net; its factors and tap."""
+    model = ToyDetector()
+    optimizer = split_param_groups(torch.optim.SGD(model.parameters(), lr=0.05), model)
+    ddp = create_ddp_model(model, fp16_compression=compressed, device_ids=None)
+    trainer = SimpleTrainer(ddp, ToyLoader(8, comm.get_rank(), 2), optimizer)
+    hook = AGVMHook(ddp, optimizer, interval=1, momentum=0.5, batch_size=8)
+    trainer.register_hooks([hook])
+    trainer.train(0, 1)
+    return hook.modulator.factors, type(hook._tap).__name__
+
+
+@pytest.mark.parametrize("compressed, tap", [(False, "BucketTap"), (True, "TensorTap")])
+def test_a_simple_trainer_under_ddp_also_with_its_own_compression(workers, compressed, tap):
+    results = workers(2).run(lazyconfig_loop, compressed)
+    data = next(iter(ToyLoader(8)))
+    gradients = reference.unit_gradients(
+        ToyDetector(), lambda model, unit: sum(model(unit).values()), [data[:4], data[4:]]
+    )
+    variances = reference_variances(gradients, ToyDetector())
+    wanted = reference.factors(dict.fromkeys(MODULES, 1.0), variances, "backbone", 0.5, (0.5, 10))
+    for factors, kind in results:
+        assert kind == tap
+        # Compressed gradients are averaged in float16.
+        assert factors.tolist() == pytest.approx(
+            list(wanted.values()), rel=1e-2 if compressed else 1e-4
+        )
+    assert torch.equal(results[0][0], results[1][0])
 
 
 class FixedBatchTrainer(AGVMTrainer):
