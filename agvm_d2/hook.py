@@ -161,15 +161,15 @@ class AGVMHook(HookBase):
                 self._split,
                 self._comm_hook,
             )
+            # DefaultTrainer's inner trainer calls after_backward, on hooks of its own.
             inner = getattr(self.trainer, "_trainer", None)
-            if (
-                inner is not None
-            ):  # DefaultTrainer calls after_backward on its inner trainer's hooks
+            if inner is not None:
                 inner.register_hooks([_Forward(self)])
         logger.info(
             f"AGVM: K = {workers} workers x {self._micro_batches} micro-batches = {units} "
             f"gradients, measured every {self.modulator.interval} iterations from "
             f"{self.modulator.start_iter} on, by {type(self._tap).__name__}"
+            f"{', split in two halves' if self._split else ''}"
         )
         self._handles = [
             optimizer.register_step_pre_hook(self._before_optimizer_step),

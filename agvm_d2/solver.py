@@ -1,6 +1,7 @@
 """Optimizer, param groups, gradient clipping and LR schedule from a config."""
 
 from __future__ import annotations
+import logging
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver import LRMultiplier
@@ -149,6 +150,10 @@ def _schedule(solver: CfgNode) -> ParamScheduler:
     name = solver.LR_SCHEDULER_NAME
     if name == "WarmupMultiStepLR":
         steps = [s for s in solver.STEPS if s <= solver.MAX_ITER]
+        if len(steps) < len(solver.STEPS):
+            logging.getLogger("detectron2.agvm_d2").warning(
+                "SOLVER.STEPS has values larger than SOLVER.MAX_ITER; they are ignored."
+            )
         values = [solver.GAMMA**k for k in range(len(steps) + 1)]
         return MultiStepParamScheduler(values, milestones=steps, num_updates=solver.MAX_ITER)
     if name == "WarmupCosineLR":

@@ -55,6 +55,8 @@ class MicroBatchTrainer(SimpleTrainer):
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
+        if not data:  # DDP's other workers would wait for this one's backward pass
+            raise ValueError("The data loader gave a batch of no images: give each worker some.")
         pieces = [
             data[i : i + self.micro_batch_size] for i in range(0, len(data), self.micro_batch_size)
         ]

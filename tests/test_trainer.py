@@ -36,6 +36,13 @@ def test_micro_batches_make_the_step_of_the_whole_batch(tmp_path):
         torch.testing.assert_close(weights_of(pieces)[key], value, rtol=1e-4, atol=1e-6)
 
 
+def test_a_batch_of_no_images_is_an_error():
+    model = ToyDetector()
+    trainer = MicroBatchTrainer(model, [[]], torch.optim.SGD(model.parameters(), lr=0.1), 3)
+    with pytest.raises(ValueError, match="batch of no images"):
+        trainer.run_step()
+
+
 def test_unequal_pieces_are_averaged_by_image_count():
     model, data = ToyDetector(), batch(7)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
