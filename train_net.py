@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import torch
+import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
@@ -31,12 +32,15 @@ def setup(args) -> CfgNode:
         cfg.merge_from_list(args.opts)
     except AssertionError as error:  # how yacs says that a key on the command line is unknown
         raise ValueError(f"config: {error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config-file: '{args.config_file}' is not YAML: {error}") from None
     cfg.freeze()
     num_workers = args.num_gpus * args.num_machines
     check_config(AGVMTrainer.auto_scale_workers(cfg, num_workers), num_workers)
     check_datasets(cfg.DATASETS.TEST if args.eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
     weights = cfg.MODEL.WEIGHTS
-    if weights and "://" not in weights and not os.path.exists(weights):
+    resumes = args.resume and os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    if weights and "://" not in weights and not os.path.exists(weights) and not resumes:
         raise FileNotFoundError(f"MODEL.WEIGHTS: '{weights}' is not there")
     gpus = torch.cuda.device_count()
     if cfg.MODEL.DEVICE.startswith("cuda") and args.num_gpus > gpus:

@@ -256,8 +256,8 @@ class BucketTap(_Tap):
 
     def _local(self) -> tuple[torch.Tensor, int]:
         torch.futures.wait_all(self._pending)
+        self._pending = []  # they hold copies of buckets; norms stay until collect() has synced
         unit_sq, mean_sq = self._total(self._unit), self._total(self._mean)
-        self._reset()
         if self.share is None:
             return torch.stack([unit_sq, mean_sq]), 1
         halves = torch.zeros(2, self.num_modules, dtype=torch.float64, device=self.device)

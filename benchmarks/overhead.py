@@ -4,10 +4,11 @@ code's scheme, on a CPU over gloo.
 
     python benchmarks/overhead.py --model r50 --workers 2 --rounds 5 --json overhead.json
 
-Variants run interleaved in one job, blocks of 10 steps in rotating order, on the same images with
-the same random numbers; one thread a worker. Ratios: a block's mean step to plain DDP's in the
-same round: median (lowest to highest round). "own code" is CPU time in the package's functions over
-wall time; it includes DDP's own averaging. Peak memory is taken in jobs of their own.
+Variants run in turn, step by step, in rotating order, on the same images with the same random
+numbers; one thread a worker. A round is 10 steps of each; ratios are of a round to plain
+DDP's: median (lowest to highest). CPU time is the process's, less disturbed than wall time. "own code"
+is CPU time in the package's functions over the round's wall time, without the averaging of
+buckets, which takes DDP's place and stands beside it. Peak memory is taken in jobs of their own.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ VARIANTS = (
     "split interval 1",
     "official interval 1",
 )
-BLOCK = 10  # steps, so that each block has one measurement of interval 10
+ROUND = 10  # steps, so that each round has one measurement of interval 10
 
 
 def make_model(name: str) -> tuple[torch.nn.Module, int]:
@@ -120,32 +121,38 @@ class OwnTime:
 
     def __init__(self):
         self._spent: list[float] = []  # append is atomic: futures call back on other threads
-        self._wrap(moments, "_bucket_hook")
+        self._averaging: list[float] = []
+        self._wrap(moments, "_bucket_hook", self._spent)
         for name in ("before_step", "after_backward", "after_step"):
-            self._wrap(AGVMHook, name)
+            self._wrap(AGVMHook, name, self._spent)
         for name in ("_before_optimizer_step", "_after_optimizer_step"):
-            self._wrap(AGVMHook, name)
-        self._wrap(Official, "after_backward")
-        before = moments.BucketTap.before  # inside _bucket_hook; what it returns runs later
-        moments.BucketTap.before = lambda tap, bucket: self._timed(before(tap, bucket))
+            self._wrap(AGVMHook, name, self._spent)
+        self._wrap(Official, "after_backward", self._spent)
+        # Inside _bucket_hook; what `before` returns runs later.
+        self._wrap(moments.BucketTap, "average", self._averaging)
+        before = moments.BucketTap.before
+        moments.BucketTap.before = lambda tap, bucket: self._timed(before(tap, bucket), self._spent)
 
-    def _timed(self, function):
+    def _timed(self, function, spent: list[float]):
         @functools.wraps(function)
         def timed(*args, **kwargs):
             start = time.thread_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                self._spent.append(time.thread_time() - start)
+                spent.append(time.thread_time() - start)
 
         return timed
 
-    def _wrap(self, owner, name: str) -> None:
-        setattr(owner, name, self._timed(getattr(owner, name)))
+    def _wrap(self, owner, name: str, spent: list[float]) -> None:
+        setattr(owner, name, self._timed(getattr(owner, name), spent))
 
-    def take(self) -> float:
-        spent, self._spent = self._spent, []
-        return sum(spent)
+    def take(self) -> tuple[float, float]:
+        """Seconds since the last call: without averaging, and averaging."""
+        averaging, spent = sum(self._averaging), sum(self._spent)
+        self._averaging.clear()
+        self._spent.clear()
+        return spent - averaging, averaging
 
 
 class Job:
@@ -175,12 +182,12 @@ class Job:
             self.hook.before_train()
         self.iteration = 0
 
-    def step(self, seed: int) -> float:
-        """Seconds of one step, all workers at a time."""
+    def step(self, seed: int) -> tuple[float, float]:
+        """Wall and CPU seconds of one step, all workers at a time."""
         data = [make_image(self.side, 1000 * seed + dist.get_rank())]
         torch.manual_seed(seed)
         dist.barrier()
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         with EventStorage(self.iteration):
             if self.hook:
                 self.hook.before_step()
@@ -196,7 +203,7 @@ class Job:
                 self.hook.after_step()
         dist.barrier()
         self.iteration += 1
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - cpu
 
 
 def count_collectives(job: Job, steps: int) -> list[tuple[int, int]]:
@@ -248,23 +255,25 @@ def collectives(model_name: str) -> dict:
 
 
 def times(model_name: str, rounds: int) -> dict:
+    """{figure: {variant: [one value a round]}}"""
     clock = OwnTime()
     jobs = [Job(variant, model_name) for variant in VARIANTS]
-    for job in jobs:
-        job.step(0)
-        job.step(1)
-    seconds: dict[str, list] = {v: [] for v in VARIANTS}
-    own: dict[str, list] = {v: [] for v in VARIANTS}
+    for i in range(2):
+        for job in jobs:
+            job.step(i)
+    figures = ("wall", "cpu", "own", "averaging")
+    found = {figure: {v: [0.0] * rounds for v in VARIANTS} for figure in figures}
     for round_ in range(rounds):
-        for k in range(len(jobs)):
-            job = jobs[(k + round_) % len(jobs)]
-            job.iteration = 0  # a block starts with a measurement
-            clock.take()
-            block = [job.step(BLOCK * round_ + i) for i in range(BLOCK)]
-            own[job.variant].append(clock.take() / sum(block))
-            # The mean, not the median, of interval 10: one of its ten steps is the one that counts.
-            seconds[job.variant].append(statistics.fmean(block))
-    return {"seconds": seconds, "own": own}
+        for job in jobs:
+            job.iteration = 0  # a round starts with a measurement
+        for i in range(ROUND):
+            for k in range(len(jobs)):
+                job = jobs[(k + i) % len(jobs)]
+                clock.take()
+                values = (*job.step(ROUND * round_ + i), *clock.take())
+                for figure, value in zip(figures, values, strict=True):
+                    found[figure][job.variant][round_] += value
+    return found
 
 
 def work(task: str, model_name: str, rounds: int, variant: str, path: str) -> None:
@@ -318,23 +327,29 @@ def main() -> None:
         counted = run("collectives", workers, args.model)
         memory = {v: run("memory", workers, args.model, variant=v) for v in VARIANTS}
         report["runs"][workers] = {**timed, "collectives": counted, "peak_memory": memory}
-        print(f"\n{args.model}, {workers} workers, {args.rounds} rounds of {BLOCK} steps:\n")
+        print(f"\n{args.model}, {workers} workers, {args.rounds} rounds of {ROUND} steps:\n")
         print(
-            "| variant | step, s | step / plain | own code, % | measured: calls, MB "
-            "| other: calls, MB | peak memory, MB more |\n|---|---|---|---|---|---|---|"
+            "| variant | step, s | wall / plain | CPU / plain | own code, % | averaging, % "
+            "| measured step: calls, MB | other: calls, MB | peak memory, MB more |\n"
+            "|---|---|---|---|---|---|---|---|---|"
         )
-        plain = timed["seconds"]["plain"]
         for v in VARIANTS:
-            ratios = [a / b for a, b in zip(timed["seconds"][v], plain, strict=True)]
-            calls = [
-                f"{calls}, {size / 1e6:.6f}"
-                for calls, size in (counted[v]["measured"], counted[v]["other"])
+            wall = timed["wall"][v]
+            ratios = [
+                spread([a / b for a, b in zip(timed[c][v], timed[c]["plain"], strict=True)], ".3f")
+                for c in ("wall", "cpu")
             ]
-            print(
-                f"| {v} | {statistics.median(timed['seconds'][v]):.3f} | {spread(ratios, '.4f')} "
-                f"| {spread([100 * x for x in timed['own'][v]], '.3f')} | {calls[0]} | {calls[1]} "
-                f"| {(memory[v] - memory['plain']) / 1e6:.0f} |"
-            )
+            shares = [
+                spread([100 * a / b for a, b in zip(timed[c][v], wall, strict=True)], ".2f")
+                for c in ("own", "averaging")
+            ]
+            calls = [
+                f"{number}, {size / 1e6:.6f}"
+                for number, size in (counted[v]["measured"], counted[v]["other"])
+            ]
+            more = f"{(memory[v] - memory['plain']) / 1e6:.0f}"
+            step = f"{statistics.median(wall) / ROUND:.3f}"
+            print("| " + " | ".join([v, step, *ratios, *shares, *calls, more]) + " |")
     if args.json:
         with open(args.json, "w") as f:
             json.dump(report, f, indent=1)

@@ -143,6 +143,12 @@ def test_no_config_file():
         train_net.setup(args(config="no.yaml"))
 
 
+def test_a_config_file_that_is_not_yaml(tmp_path):
+    (tmp_path / "c.yaml").write_text("SOLVER: [1")
+    with pytest.raises(ValueError, match="--config-file: .*c.yaml' is not YAML"):
+        train_net.setup(args(config=str(tmp_path / "c.yaml")))
+
+
 def test_an_output_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="OUTPUT_DIR: '.*/file/out' cannot be made .Not a directory"):

@@ -375,7 +375,20 @@ def test_metrics_json_holds_every_scalar(tmp_path):
 # Other projects
 
 
-def test_the_stock_training_script_s_trainer_by_the_mixin_alone(tmp_path):
+def test_detectron2_s_own_train_net_by_the_mixin_alone(digits, tmp_path):
+    stock = pytest.importorskip("tools.train_net", reason="only the wheel ships Detectron2's tools")
+
+    class Trainer(AGVMTrainerMixin, stock.Trainer):
+        pass
+
+    cfg = faster_rcnn_config(tmp_path, SOLVER__MICRO_BATCH_SIZE=2, SOLVER__MAX_ITER=2)
+    cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0, "DATASETS.TEST", ("digits_val",)])
+    trainer = train(cfg, Trainer)
+    assert (agvm_hook(trainer).modulator.factors[1:] != 1).all()
+    assert "bbox" in trainer._last_eval_results
+
+
+def test_a_default_trainer_by_the_mixin_alone(tmp_path):
     class Stock(DefaultTrainer):  # as in Detectron2's tools/train_net.py
         @classmethod
         def build_evaluator(cls, cfg, dataset_name, output_folder=None):
