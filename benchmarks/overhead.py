@@ -5,10 +5,10 @@ code's scheme, on a CPU over gloo.
     python benchmarks/overhead.py --model r50 --workers 2 --rounds 5 --json overhead.json
 
 Variants run in turn, step by step, in rotating order, on the same images with the same random
-numbers; one thread a worker. A round is 10 steps of each; ratios are of a round to plain
-DDP's: median (lowest to highest). CPU time is the process's, less disturbed than wall time. "own code"
-is CPU time in the package's functions over the round's wall time, without the averaging of
-buckets, which takes DDP's place and stands beside it. Peak memory is taken in jobs of their own.
+numbers; one thread a worker. A round is 10 steps of each; ratios are of a round to plain DDP's:
+median (lowest to highest). CPU time is the process's, less disturbed than wall time. "own code" is
+CPU time in the package's functions over the round's wall time, without the averaging of buckets,
+which takes DDP's place and stands beside it. Peak memory is taken in jobs of their own.
 """
 
 from __future__ import annotations
