@@ -242,10 +242,13 @@ class BucketTap(_Tap):
         else:
             copy = bucket.buffer().clone()
             work = dist.reduce(copy, self.half[0], group=self.half_group, async_op=True)
-            future = work.get_future()
-            if dist.get_rank() == self.half[0]:
-                future = future.then(functools.partial(measure, self._unit))
-            self._pending.append(future)
+            root = dist.get_rank() == self.half[0]
+
+            def reduced(future: torch.futures.Future) -> None:
+                if root:
+                    measure(self._unit, future)  # its result, the copy, is not to be kept
+
+            self._pending.append(work.get_future().then(reduced))
         return functools.partial(measure, self._mean)
 
     def _total(self, found: dict[int, ModuleSums]) -> torch.Tensor:
@@ -256,7 +259,6 @@ class BucketTap(_Tap):
 
     def _local(self) -> tuple[torch.Tensor, int]:
         torch.futures.wait_all(self._pending)
-        self._pending = []  # they hold copies of buckets; norms stay until collect() has synced
         unit_sq, mean_sq = self._total(self._unit), self._total(self._mean)
         if self.share is None:
             return torch.stack([unit_sq, mean_sq]), 1
