@@ -122,7 +122,11 @@ def test_lr_as_a_tensor_keeps_its_object_and_value():
 def test_foreach_and_fused_optimizers(optimizer_class, kind):
     one, two = ToyDetector(), ToyDetector()
     plain = split_param_groups(optimizer_class(one.parameters(), lr=0.01, foreach=False), one)
-    other = split_param_groups(optimizer_class(two.parameters(), lr=0.01, **{kind: True}), two)
+    try:
+        other = optimizer_class(two.parameters(), lr=0.01, **{kind: True})
+    except (TypeError, RuntimeError):
+        pytest.skip("this torch has no fused optimizer on a CPU")
+    split_param_groups(other, two)
     hook, _ = run(one, plain, interval=1, start_iter=1)
     same, _ = run(two, other, interval=1, start_iter=1)
     torch.testing.assert_close(hook.modulator.factors, same.modulator.factors)
