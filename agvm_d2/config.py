@@ -9,7 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 MODES = ("modulate", "monitor")
 ESTIMATORS = ("pairwise", "split")
-OPTIMIZERS = ("SGD", "ADAMW")
+OPTIMIZERS = ("SGD", "ADAMW", "LARS", "LAMB")
 CLIP_TYPES = ("value", "norm", "full_model")
 WARMUP_METHODS = ("constant", "linear", "exp")
 
@@ -38,7 +38,7 @@ def add_agvm_config(cfg: CN) -> None:
     # architecture.
     cfg.AGVM.MODULES = ()
 
-    # "SGD" or "ADAMW".
+    # "SGD" or "ADAMW"; "LARS" or "LAMB", from the package pytorch-optimizer.
     cfg.SOLVER.OPTIMIZER = "SGD"
     # Images of one forward and backward pass on one worker, gradients averaged over the worker's
     # share of IMS_PER_BATCH; 0: all at once.
@@ -63,30 +63,49 @@ def _is_number(*values) -> bool:
     return all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
 
 
-def micro_batches(cfg: CN, num_workers: int) -> int:
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def split_batch(
+    batch: int,
+    micro: int,
+    num_workers: int,
+    keys: tuple[str, str] = ("SOLVER.IMS_PER_BATCH", "SOLVER.MICRO_BATCH_SIZE"),
+) -> int:
     """Forward/backward passes of one worker in one iteration.
 
+    Args:
+        batch, micro: images of an iteration, and of one pass on one worker (0: the worker's share).
+        keys: their names in the config.
+
     Raises:
-        ValueError: SOLVER.IMS_PER_BATCH cannot be cut into equal workers and micro-batches.
+        ValueError: the batch cannot be cut into equal workers and micro-batches.
     """
-    batch, micro = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MICRO_BATCH_SIZE
-    _check(batch > 0, "SOLVER.IMS_PER_BATCH", batch, "it must be positive")
+    for key, value in zip(keys, (batch, micro), strict=True):
+        _check(_is_int(value), key, value, "it must be a whole number of images")
+    _check(batch > 0, keys[0], batch, "it must be positive")
     _check(
         batch % num_workers == 0,
-        "SOLVER.IMS_PER_BATCH",
+        keys[0],
         batch,
         f"it must be divisible by the number of workers, {num_workers}",
     )
-    _check(micro >= 0, "SOLVER.MICRO_BATCH_SIZE", micro, "it must be 0 (off) or positive")
+    _check(micro >= 0, keys[1], micro, "it must be 0 (off) or positive")
     share = batch // num_workers
     _check(
         micro == 0 or share % micro == 0,
-        "SOLVER.MICRO_BATCH_SIZE",
+        keys[1],
         micro,
-        f"it must divide the images of one worker: SOLVER.IMS_PER_BATCH {batch} / {num_workers} "
+        f"it must divide the images of one worker: {keys[0]} {batch} / {num_workers} "
         f"workers = {share}",
     )
     return share // micro if micro else 1
+
+
+def micro_batches(cfg: CN, num_workers: int) -> int:
+    """`split_batch` of a config's keys."""
+    return split_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MICRO_BATCH_SIZE, num_workers)
 
 
 def check_config(cfg: CN, num_workers: int) -> None:
@@ -137,10 +156,19 @@ def check_config(cfg: CN, num_workers: int) -> None:
         "it must be () or two iterations (first, last) with first < last",
     )
     micro_batches(cfg, num_workers)
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+    check_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
+
+
+def check_device(key: str, device: str) -> None:
+    """
+    Raises:
+        ValueError: CUDA, and there is none.
+    """
+    assign = "=" if key.islower() else " "  # LazyConfig's overrides, or yacs'
+    if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
-            f"MODEL.DEVICE: found '{cfg.MODEL.DEVICE}', but this machine has no usable CUDA "
-            "device. To run on a CPU, add to the command: MODEL.DEVICE cpu"
+            f"{key}: found '{device}', but this machine has no usable CUDA device. To run on a "
+            f"CPU, add to the command: {key}{assign}cpu"
         )
 
 

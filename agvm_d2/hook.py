@@ -150,7 +150,8 @@ class AGVMHook(HookBase):
             )
             return
         optimizer = self._optimizer
-        adam = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+        # By name: Lamb is pytorch-optimizer's, and it keeps Adam's second moment too.
+        adam = {"Adam", "AdamW", "Lamb"} & {c.__name__ for c in type(optimizer).__mro__}
         if self._tap is None:  # train() may be called again
             precondition = adam_precondition(optimizer) if adam else None
             self._tap = build_tap(

@@ -28,6 +28,23 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def children_rules(names: Sequence[str]) -> Rules:
+    """One module a child of the model, going down while there is only one; names are parameters'.
+
+    For `detr.backbone.0.weight`, `detr.head.weight`: backbone and head. A parameter of the model
+    itself is in "rest".
+    """
+    prefix = ""
+    while True:
+        children = dict.fromkeys(n[len(prefix) :].split(".")[0] for n in names)
+        nested = [n for n in names if "." in n[len(prefix) :]]
+        if len(children) > 1 or len(nested) < len(names) or not names:
+            break
+        prefix += next(iter(children)) + "."
+    parents = dict.fromkeys(n[len(prefix) :].split(".")[0] for n in nested)
+    return [(child, re.escape(f"{prefix}{child}.")) for child in parents] + [("rest", "")]
+
+
 def assign_modules(model: nn.Module, rules: Rules = ()) -> dict[str, list[nn.Parameter]]:
     """Assign every trainable parameter of `model` to exactly one module.
 
@@ -35,7 +52,8 @@ def assign_modules(model: nn.Module, rules: Rules = ()) -> dict[str, list[nn.Par
         model: a model, also inside DistributedDataParallel. Frozen parameters are skipped; a shared
             parameter counts once, under its first name.
         rules: pairs (module name, regex); a regex is matched at the start of a parameter's name and
-            the first match wins. Two pairs may name the same module. Empty: `DEFAULT_RULES`.
+            the first match wins. Two pairs may name the same module. Empty: `DEFAULT_RULES`, or,
+            for an architecture where none of those but the last fits, `children_rules`.
 
     Returns:
         module name -> its parameters, in the order of the rules, without empty modules.
@@ -43,12 +61,14 @@ def assign_modules(model: nn.Module, rules: Rules = ()) -> dict[str, list[nn.Par
     Raises:
         ValueError: a parameter that no rule matches, or a given rule that matches none.
     """
-    given, rules = bool(rules), rules or DEFAULT_RULES
+    given = bool(rules)
+    trainable = [(n, p) for n, p in unwrap(model).named_parameters() if p.requires_grad]
+    if not given:
+        known = any(re.match(regex, n) for _, regex in DEFAULT_RULES[:-1] for n, _ in trainable)
+        rules = DEFAULT_RULES if known else children_rules([n for n, _ in trainable])
     patterns = [(name, re.compile(regex)) for name, regex in rules]
     found: list[list[nn.Parameter]] = [[] for _ in patterns]
-    for param_name, param in unwrap(model).named_parameters():
-        if not param.requires_grad:
-            continue
+    for param_name, param in trainable:
         for params, (_, pattern) in zip(found, patterns, strict=True):
             if pattern.match(param_name):
                 params.append(param)

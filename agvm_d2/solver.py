@@ -1,7 +1,8 @@
-"""Optimizer, param groups, gradient clipping and LR schedule from a config."""
+"""Optimizer, param groups, gradient clipping, LR rule and LR schedule."""
 
 from __future__ import annotations
 import logging
+import math
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver import LRMultiplier
@@ -19,7 +20,51 @@ from fvcore.common.param_scheduler import (
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
+from .config import CLIP_TYPES, OPTIMIZERS, one_of
 from .modules import Rules, assign_modules
+
+LR_RULES = ("linear", "sqrt", "linear-sqrt")
+
+
+def scaled_lr(
+    batch: int,
+    rule: str = "linear-sqrt",
+    base_lr: float = 0.02,
+    base_batch: int = 16,
+    knee: int = 128,
+) -> float:
+    """The learning rate for a batch of `batch` images, from one known to work at `base_batch`.
+
+    Args:
+        rule: "linear": lr ~ batch; "sqrt": lr ~ sqrt(batch), usual with Adam; "linear-sqrt": linear
+            up to `knee` images and sqrt beyond it, the paper's rule for SGD.
+
+    Raises:
+        ValueError: an unknown rule; a batch that is not positive.
+    """
+    one_of("rule", rule, LR_RULES)
+    if min(batch, base_batch) < 1:
+        raise ValueError(f"batch: found {min(batch, base_batch)}, but it must be positive.")
+
+    def growth(images: int) -> float:
+        if rule == "sqrt":
+            return math.sqrt(images)
+        if rule == "linear" or images <= knee:
+            return images
+        return math.sqrt(images * knee)
+
+    return base_lr * growth(batch) / growth(base_batch)
+
+
+def _pytorch_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    try:
+        import pytorch_optimizer
+    except ImportError:
+        raise ValueError(
+            f"SOLVER.OPTIMIZER: '{name}' is in the package pytorch-optimizer, which is not "
+            "installed: pip install 'pytorch-optimizer>=3.1'."
+        ) from None
+    return {"LARS": pytorch_optimizer.LARS, "LAMB": pytorch_optimizer.Lamb}[name]
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -27,7 +72,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     keys, and groups that hold one module each where AGVM is enabled.
 
     Raises:
-        ValueError: see `assign_modules`; an unknown SOLVER.OPTIMIZER.
+        ValueError: see `assign_modules`; an unknown SOLVER.OPTIMIZER, or one not installed.
     """
     solver = cfg.SOLVER
     params = get_default_optimizer_params(
@@ -51,9 +96,14 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
             params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, foreach=True
         )
     else:
-        raise ValueError(f"SOLVER.OPTIMIZER: found '{solver.OPTIMIZER}'; use SGD or ADAMW.")
-    if solver.CLIP_GRADIENTS.ENABLED:
-        clip_gradients(optimizer, solver.CLIP_GRADIENTS)
+        one_of("SOLVER.OPTIMIZER", solver.OPTIMIZER, OPTIMIZERS)
+        options = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
+        if solver.OPTIMIZER == "LARS":
+            options.update(momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
+        optimizer = _pytorch_optimizer(solver.OPTIMIZER)(params, **options)
+    clip = solver.CLIP_GRADIENTS
+    if clip.ENABLED:
+        clip_gradients(optimizer, clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE, clip.ITER_RANGE)
     if cfg.AGVM.ENABLED:
         split_param_groups(optimizer, model, cfg.AGVM.MODULES)
     return optimizer
@@ -102,46 +152,71 @@ def split_param_groups(
     return optimizer
 
 
-def clip_gradients(optimizer: torch.optim.Optimizer, clip: CfgNode) -> None:
-    """Clip gradients just before each step of `optimizer`, as SOLVER.CLIP_GRADIENTS says.
+def clip_gradients(
+    optimizer: torch.optim.Optimizer,
+    clip_type: str,
+    clip_value: float,
+    norm_type: float = 2.0,
+    iter_range: tuple[int, int] | tuple[()] = (),
+) -> None:
+    """Clip gradients just before each step of `optimizer`.
 
-    With ITER_RANGE the current iteration is the one of Detectron2's EventStorage.
+    Args:
+        clip_type: "value", "norm" (of each parameter), or "full_model" (of all together).
+        iter_range: clip in iterations [first, last) only, those of Detectron2's EventStorage.
+
+    Raises:
+        ValueError: an unknown type.
     """
+    one_of("clip_type", clip_type, CLIP_TYPES)
     # The order now, so that a norm has the same bits whether groups are split later or not.
     params = [p for group in optimizer.param_groups for p in group["params"]]
 
     def clip_now(*_) -> None:
-        if clip.ITER_RANGE:
-            first, last = clip.ITER_RANGE
-            if not first <= get_event_storage().iter < last:
-                return
-        if clip.CLIP_TYPE == "full_model":
-            clip_grad_norm_(params, clip.CLIP_VALUE, clip.NORM_TYPE)
-        elif clip.CLIP_TYPE == "norm":
+        if iter_range and not iter_range[0] <= get_event_storage().iter < iter_range[1]:
+            return
+        if clip_type == "full_model":
+            clip_grad_norm_(params, clip_value, norm_type)
+        elif clip_type == "norm":
             for param in params:
-                clip_grad_norm_(param, clip.CLIP_VALUE, clip.NORM_TYPE)
+                clip_grad_norm_(param, clip_value, norm_type)
         else:
-            clip_grad_value_(params, clip.CLIP_VALUE)
+            clip_grad_value_(params, clip_value)
 
     optimizer.register_step_pre_hook(clip_now)
+
+
+def exp_warmup(
+    schedule: ParamScheduler, warmup_factor: float, warmup_length: float, rescale: bool = False
+) -> ParamScheduler:
+    """`schedule` after an exponential warm-up: from `warmup_factor` times its start, growing by a
+    constant factor an iteration, as in mmdetection.
+
+    Args:
+        warmup_length: warm-up's share of training, in [0, 1].
+        rescale: the whole of `schedule` follows warm-up, instead of its rest (fvcore's "rescaled").
+    """
+    if not warmup_length:
+        return schedule
+    start = warmup_factor * schedule(0.0)
+    end = schedule(0.0 if rescale else warmup_length)
+    return CompositeParamScheduler(
+        [ExponentialParamScheduler(start, end / start), schedule],
+        lengths=[warmup_length, 1 - warmup_length],
+        interval_scaling=["rescaled", "rescaled" if rescale else "fixed"],
+    )
 
 
 def build_lr_scheduler(
     cfg: CfgNode, optimizer: torch.optim.Optimizer
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """As `detectron2.solver.build_lr_scheduler`, and SOLVER.WARMUP_METHOD "exp":
-    lr = base * WARMUP_FACTOR^(1 - iter/WARMUP_ITERS), as in mmdetection."""
+    """As `detectron2.solver.build_lr_scheduler`, and SOLVER.WARMUP_METHOD "exp"."""
     solver = cfg.SOLVER
-    if solver.WARMUP_METHOD != "exp" or not solver.WARMUP_ITERS:
+    if solver.WARMUP_METHOD != "exp":
         return d2_build_lr_scheduler(cfg, optimizer)
-    schedule = _schedule(solver)
     length = min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0)
-    end = schedule(0.0 if solver.RESCALE_INTERVAL else length)
-    start = solver.WARMUP_FACTOR * schedule(0.0)
-    multiplier = CompositeParamScheduler(
-        [ExponentialParamScheduler(start, end / start), schedule],
-        lengths=[length, 1 - length],
-        interval_scaling=["rescaled", "rescaled" if solver.RESCALE_INTERVAL else "fixed"],
+    multiplier = exp_warmup(
+        _schedule(solver), solver.WARMUP_FACTOR, length, solver.RESCALE_INTERVAL
     )
     return LRMultiplier(optimizer, multiplier=multiplier, max_iter=solver.MAX_ITER)
 

@@ -107,21 +107,46 @@ class MicroBatchTrainer(SimpleTrainer):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 
+def in_micro_batches(inner: SimpleTrainer, micro_batch_size: int) -> MicroBatchTrainer:
+    """
+    Raises:
+        ValueError: a trainer with a step of its own.
+    """
+    if type(inner) not in (SimpleTrainer, AMPTrainer):
+        raise ValueError(
+            "SOLVER.MICRO_BATCH_SIZE: only Detectron2's SimpleTrainer and AMPTrainer can be "
+            f"cut into micro-batches, but this project runs its own {type(inner).__name__}. "
+            "Set it to 0, or build agvm_d2.trainer.MicroBatchTrainer in the project."
+        )
+    return MicroBatchTrainer(
+        inner.model,
+        inner.data_loader,
+        inner.optimizer,
+        micro_batch_size,
+        grad_scaler=getattr(inner, "grad_scaler", None),
+        precision=getattr(inner, "precision", None),
+    )
+
+
+d2_create_ddp_model = defaults.create_ddp_model
+
+
+def create_ddp_model(model: torch.nn.Module, **kwargs) -> torch.nn.Module:
+    """Detectron2's, for a CPU too: it gives DDP device_ids, which DDP refuses for such a model."""
+    if next(model.parameters()).device.type == "cpu":
+        kwargs["device_ids"] = None
+    return d2_create_ddp_model(model, **kwargs)
+
+
 @contextlib.contextmanager
 def _ddp_on_cpu():
-    """DefaultTrainer gives DDP device_ids, which DDP refuses for a model on the CPU."""
-    create = defaults.create_ddp_model
-
-    def create_for_device(model, **kwargs):
-        if next(model.parameters()).device.type == "cpu":
-            kwargs["device_ids"] = None
-        return create(model, **kwargs)
-
-    defaults.create_ddp_model = create_for_device
+    """DefaultTrainer has no method to override for this."""
+    before = defaults.create_ddp_model
+    defaults.create_ddp_model = create_ddp_model
     try:
         yield
     finally:
-        defaults.create_ddp_model = create
+        defaults.create_ddp_model = before
 
 
 class AGVMTrainerMixin:
@@ -141,23 +166,7 @@ class AGVMTrainerMixin:
         with _ddp_on_cpu():
             super().__init__(cfg)
         if micro_batches(self.cfg, comm.get_world_size()) > 1:
-            self._trainer = self._micro_batch_trainer(self._trainer)
-
-    def _micro_batch_trainer(self, inner: SimpleTrainer) -> MicroBatchTrainer:
-        if type(inner) not in (SimpleTrainer, AMPTrainer):
-            raise ValueError(
-                "SOLVER.MICRO_BATCH_SIZE: only Detectron2's SimpleTrainer and AMPTrainer can be "
-                f"cut into micro-batches, but this project runs its own {type(inner).__name__}. "
-                "Set it to 0, or build agvm_d2.trainer.MicroBatchTrainer in the project."
-            )
-        return MicroBatchTrainer(
-            inner.model,
-            inner.data_loader,
-            inner.optimizer,
-            self.cfg.SOLVER.MICRO_BATCH_SIZE,
-            grad_scaler=getattr(inner, "grad_scaler", None),
-            precision=getattr(inner, "precision", None),
-        )
+            self._trainer = in_micro_batches(self._trainer, self.cfg.SOLVER.MICRO_BATCH_SIZE)
 
     @classmethod
     def build_optimizer(cls, cfg, model):

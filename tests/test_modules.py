@@ -1,4 +1,5 @@
 import pytest
+import torch
 from detectron2.config import get_cfg
 from detectron2.model_zoo import get_config_file
 from detectron2.modeling import build_model
@@ -65,6 +66,29 @@ def test_what_no_default_rule_knows_is_rest():
     model = ToyDetector()
     model.extra = nn.Linear(1, 1)
     assert names_of(model, assign_modules(model))["rest"] == ["extra.weight", "extra.bias"]
+
+
+def test_children_of_an_unknown_architecture():
+    model = nn.Module()
+    model.encoder, model.decoder = nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1))
+    model.scale = nn.Parameter(torch.ones(1))
+    names = names_of(model, assign_modules(model))
+    assert names == {
+        "encoder": ["encoder.weight", "encoder.bias"],
+        "decoder": ["decoder.0.weight", "decoder.0.bias"],
+        "rest": ["scale"],
+    }
+
+
+def test_children_below_a_wrapper():
+    model = nn.Module()
+    model.detr = nn.Module()
+    model.detr.backbone, model.detr.transformer = nn.Linear(1, 1), nn.Linear(1, 1)
+    assert list(assign_modules(model)) == ["backbone", "transformer"]
+
+
+def test_an_unknown_architecture_without_children_is_one_module():
+    assert list(assign_modules(nn.Linear(1, 1))) == ["rest"]
 
 
 def test_given_rules_first_match_wins():

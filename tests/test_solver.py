@@ -1,13 +1,14 @@
+import sys
 import pytest
 import torch
 from detectron2.solver import build_lr_scheduler as d2_build_lr_scheduler
 from detectron2.solver import build_optimizer as d2_build_optimizer
 from detectron2.utils.events import EventStorage
 from torch import nn
-from toy import MODULES, ToyDetector, batch, loss, parameter_names, toy_config
+from toy import MODULES, ToyDetector, ToyTrainer, batch, loss, parameter_names, toy_config
 
-from agvm_d2 import build_optimizer, split_param_groups
-from agvm_d2.solver import build_lr_scheduler
+from agvm_d2 import AGVMHook, build_optimizer, split_param_groups
+from agvm_d2.solver import build_lr_scheduler, clip_gradients, scaled_lr
 
 
 def check_param_group(group, num_params=None, **values):
@@ -138,6 +139,53 @@ def test_adamw(tmp_path):
     check_param_group(optimizer.param_groups[0], 4, lr=0.05, weight_decay=0.05)
 
 
+@pytest.mark.parametrize("name", ["LARS", "LAMB"])
+def test_lars_and_lamb_step_with_factors(tmp_path, name):
+    pytest.importorskip("pytorch_optimizer")
+    cfg = toy_config(
+        tmp_path, SOLVER__OPTIMIZER=name, SOLVER__WEIGHT_DECAY=0.05, SOLVER__MICRO_BATCH_SIZE=2
+    )
+    trainer = ToyTrainer(cfg)
+    optimizer = trainer.optimizer
+    assert type(optimizer).__name__.upper() == name
+    assert len(optimizer.param_groups) == len(MODULES)
+    check_param_group(optimizer.param_groups[0], 4, lr=0.05, weight_decay=0.05)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    assert not any(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
+    (hook,) = (h for h in trainer._hooks if isinstance(h, AGVMHook))
+    assert hook.modulator.num_units == 4 and (hook.modulator.factors != 1).any()
+
+
+def test_an_optimizer_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    with pytest.raises(ValueError, match="SOLVER.OPTIMIZER: 'LARS' .*pip install"):
+        build_optimizer(toy_config(tmp_path, SOLVER__OPTIMIZER="LARS"), ToyDetector())
+
+
+# Learning rate for a batch
+
+
+@pytest.mark.parametrize("batch, lr", [(16, 0.02), (128, 0.16), (256, 0.2263), (1024, 0.4525)])
+def test_the_papers_rule(batch, lr):
+    assert scaled_lr(batch) == pytest.approx(lr, abs=1e-4)
+
+
+def test_other_rules_and_references():
+    assert scaled_lr(256, "linear") == pytest.approx(0.32)
+    assert scaled_lr(256, "sqrt") == pytest.approx(0.08)  # 0.02 * sqrt(16)
+    # From beyond the knee, down: 0.4 is 0.32's 512 times sqrt(2).
+    assert scaled_lr(512, base_lr=0.4, base_batch=1024) == pytest.approx(0.4 / 2**0.5)
+    assert scaled_lr(64, base_lr=0.16, base_batch=256) == pytest.approx(0.16 / 2**0.5 / 2)
+
+
+def test_bad_rules_and_batches():
+    with pytest.raises(ValueError, match="rule: found 'cubic', .*linear, sqrt, linear-sqrt"):
+        scaled_lr(256, "cubic")
+    with pytest.raises(ValueError, match="batch: found 0"):
+        scaled_lr(0)
+
+
 # Clipping
 
 
@@ -173,6 +221,12 @@ def test_full_model_clips_the_norm_over_all_parameters(tmp_path):
     gradients = clipped_gradients(clip_config(tmp_path, "full_model"), ToyDetector())
     norm = torch.cat([g.flatten() for g in gradients]).norm()
     assert norm == pytest.approx(0.1, rel=1e-4)
+
+
+def test_an_unknown_clip_type_is_named():
+    optimizer = torch.optim.SGD(ToyDetector().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="clip_type: found 'global', .*full_model"):
+        clip_gradients(optimizer, "global", 1.0)
 
 
 @pytest.mark.parametrize("iteration, clipped", [(9, False), (10, True), (19, True), (20, False)])

@@ -1,8 +1,14 @@
-"""The bundled dataset: real handwritten digits on real texture, in COCO format.
+"""The bundled dataset: real handwritten digits on real texture, in COCO's formats.
 
 The digits are scikit-learn's `load_digits` (UCI, 1,797 samples of 8x8), the texture its two sample
 photographs. Train and val share neither: val has the last 360 digits and the right quarter of each
-photograph. Made on first use, deterministic, under $DETECTRON2_DATASETS (or ./datasets).
+photograph. Made on first use, deterministic, under $DETECTRON2_DATASETS (or ./datasets). Three
+forms, for train and val:
+
+    digits_train            instances (boxes and polygons) of 10 things
+    digits_train_sem_seg    12 classes: the digits, then the two photographs
+    digits_train_panoptic   10 things and 2 stuff classes, "separated" as Detectron2's Panoptic FPN
+                            wants it: its semantic head has one class for all things
 """
 
 from __future__ import annotations
@@ -12,13 +18,15 @@ import shutil
 import tempfile
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
+from detectron2.data.datasets import load_coco_json, load_sem_seg
+from detectron2.data.datasets.coco_panoptic import merge_to_panoptic
 from iopath.common.file_io import file_lock
 from PIL import Image
 
-VERSION = "v1"  # of what the folder holds: a new one for every change below
+VERSION = "v2"  # of what the folder holds: a new one for every change below
 SIZE = 96
 CLASSES = [str(digit) for digit in range(10)]
+GROUNDS = ["temple", "flower"]  # what the two photographs show; COCO category ids 11 and 12
 SPLITS = {"train": 2000, "val": 300}
 TRAIN_DIGITS = 1437
 MIN_VISIBLE = 0.5  # of a digit's pixels, else a later one is not pasted over it
@@ -30,24 +38,58 @@ def root() -> str:
 
 
 def register() -> None:
-    """Register `digits_train` and `digits_val`."""
+    """Register `digits_{train,val}` and their `_sem_seg` and `_panoptic` forms."""
+    things = {i + 1: i for i in range(len(CLASSES))}  # COCO category id -> index
     for split in SPLITS:
-        name = f"digits_{split}"
-        json_file = os.path.join(root(), "annotations", f"instances_{split}.json")
-        image_root = os.path.join(root(), split)
-        DatasetCatalog.register(name, lambda f=json_file, r=image_root, n=name: _load(f, r, n))
-        MetadataCatalog.get(name).set(
-            json_file=json_file,
-            image_root=image_root,
-            evaluator_type="coco",
-            thing_classes=CLASSES,
-            made_on_first_use=True,
-        )
+
+        def path(kind: str, split: str = split) -> str:
+            return os.path.join(root(), kind.format(split))
+
+        instances = {
+            "json_file": path("annotations/instances_{}.json"),
+            "image_root": path("{}"),
+            "thing_classes": CLASSES,
+            "thing_dataset_id_to_contiguous_id": things,
+        }
+        forms = {
+            "": {"evaluator_type": "coco", **instances},
+            "_sem_seg": {
+                "evaluator_type": "sem_seg",
+                "image_root": path("{}"),
+                "sem_seg_root": path("sem_seg_{}"),
+                "stuff_classes": CLASSES + GROUNDS,
+                "ignore_label": 255,
+            },
+            "_panoptic": {
+                "evaluator_type": "coco_panoptic_seg",
+                **instances,
+                "sem_seg_root": path("panoptic_stuff_{}"),
+                "panoptic_root": path("panoptic_{}"),
+                "panoptic_json": path("annotations/panoptic_{}.json"),
+                "stuff_classes": ["things", *GROUNDS],
+                "stuff_dataset_id_to_contiguous_id": {0: 0, 11: 1, 12: 2},
+                "ignore_label": 255,
+            },
+        }
+        for form, metadata in forms.items():
+            name = f"digits_{split}{form}"
+            DatasetCatalog.register(name, lambda m=metadata: _load(m))
+            MetadataCatalog.get(name).set(made_on_first_use=True, **metadata)
 
 
-def _load(json_file: str, image_root: str, name: str) -> list[dict]:
+def _load(metadata: dict) -> list[dict]:
     make(root())
-    return load_coco_json(json_file, image_root, name)
+    dicts = []
+    if "json_file" in metadata:
+        dicts = load_coco_json(metadata["json_file"], metadata["image_root"])
+        for instance in (a for d in dicts for a in d["annotations"]):
+            instance["category_id"] = metadata["thing_dataset_id_to_contiguous_id"][
+                instance["category_id"]
+            ]
+    if "sem_seg_root" in metadata:
+        masks = load_sem_seg(metadata["sem_seg_root"], metadata["image_root"], "png", "png")
+        dicts = merge_to_panoptic(dicts, masks) if dicts else masks
+    return dicts
 
 
 def make(folder: str, splits: dict[str, int] = SPLITS) -> None:
@@ -97,13 +139,34 @@ def _make_split(folder: str, split: str, num_images: int) -> None:
     photos = [p[:, :c] if train else p[:, c:] for p, c in zip(photos, cuts, strict=True)]
 
     rng = np.random.default_rng(0 if train else 1)
-    os.makedirs(os.path.join(folder, split))
+    for kind in ("{}", "sem_seg_{}", "panoptic_stuff_{}", "panoptic_{}"):
+        os.makedirs(os.path.join(folder, kind.format(split)))
     os.makedirs(os.path.join(folder, "annotations"), exist_ok=True)
-    images, annotations = [], []
+    images, annotations, panoptic = [], [], []
     for image_id in range(1, num_images + 1):
-        picture, digits_in_it = _draw(rng, photos, samples)
+        picture, ground, digits_in_it = _draw(rng, photos, samples)
         file_name = f"{image_id:06d}.png"
-        Image.fromarray(picture).save(os.path.join(folder, split, file_name), compress_level=1)
+
+        def save(kind: str, pixels: np.ndarray, file_name: str = file_name) -> None:
+            path = os.path.join(folder, kind.format(split), file_name)
+            Image.fromarray(pixels).save(path, compress_level=1)
+
+        save("{}", picture)
+        sem_seg, stuff, segment = (
+            np.full((SIZE, SIZE), value, np.uint8)
+            for value in (len(CLASSES) + ground, 1 + ground, 0)
+        )
+        segments = [{"category_id": len(CLASSES) + ground + 1}]
+        for label, mask in digits_in_it:
+            sem_seg[mask], stuff[mask], segment[mask] = label, 0, len(segments)
+            segments.append({"category_id": label + 1})
+        save("sem_seg_{}", sem_seg)
+        save("panoptic_stuff_{}", stuff)
+        # COCO's panoptic PNG: the id of a segment, 0 being void, is R + 256 G + 256^2 B.
+        save("panoptic_{}", np.stack([segment + 1, 0 * segment, 0 * segment], 2))
+        for i, info in enumerate(segments):
+            info.update(id=i + 1, iscrowd=0, area=int((segment == i).sum()))
+        panoptic.append({"image_id": image_id, "file_name": file_name, "segments_info": segments})
         images.append({"id": image_id, "file_name": file_name, "width": SIZE, "height": SIZE})
         for label, mask in digits_in_it:
             annotations.append(
@@ -116,15 +179,22 @@ def _make_split(folder: str, split: str, num_images: int) -> None:
                 }
             )
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
+    grounds = [{"id": 11 + i, "name": name, "isthing": 0} for i, name in enumerate(GROUNDS)]
     info = {"description": "handwritten digits (UCI, CC BY 4.0) on scikit-learn's photographs"}
-    coco = {"info": info, "images": images, "annotations": annotations, "categories": categories}
-    with open(os.path.join(folder, "annotations", f"instances_{split}.json"), "w") as f:
-        f.write(json.dumps(coco))
+    for kind, labels, classes in (
+        ("instances", annotations, categories),
+        ("panoptic", panoptic, [{**c, "isthing": 1} for c in categories] + grounds),
+    ):
+        content = {"info": info, "images": images, "annotations": labels, "categories": classes}
+        with open(os.path.join(folder, "annotations", f"{kind}_{split}.json"), "w") as f:
+            f.write(json.dumps(content))
 
 
-def _draw(rng: np.random.Generator, photos, samples) -> tuple[np.ndarray, list]:
-    """One picture (SIZE, SIZE, 3) uint8 and its digits [(label, visible mask)]."""
-    photo = photos[rng.integers(len(photos))]
+def _draw(rng: np.random.Generator, photos, samples) -> tuple[np.ndarray, int, list]:
+    """One picture (SIZE, SIZE, 3) uint8, which photograph it is on, and its digits [(label, visible
+    mask)]."""
+    which = int(rng.integers(len(photos)))
+    photo = photos[which]
     crop = int(rng.integers(SIZE // 2, min(photo.shape[:2]) + 1))
     y, x = (int(rng.integers(0, length - crop + 1)) for length in photo.shape[:2])
     ground = Image.fromarray(photo[y : y + crop, x : x + crop])
@@ -157,7 +227,7 @@ def _draw(rng: np.random.Generator, photos, samples) -> tuple[np.ndarray, list]:
         colour = np.where(np.abs(colour - mean) < 70, (mean + 128) % 256, colour)
         picture = picture * (1 - ink[..., None]) + colour * ink[..., None]
     picture = picture + rng.normal(0, 4, picture.shape)
-    return picture.round().clip(0, 255).astype(np.uint8), found
+    return picture.round().clip(0, 255).astype(np.uint8), which, found
 
 
 def _outline(mask: np.ndarray) -> dict:

@@ -1,0 +1,155 @@
+"""Training and evaluation from a LazyConfig (.py), as Detectron2's tools/lazyconfig_train_net.py.
+
+Beside Detectron2's keys a config has
+
+    agvm                    dict of `AGVMHook`'s arguments, and `enabled`
+    train.micro_batch_size  images of one forward and backward pass on one worker; 0: all at once
+    train.clip_gradients    dict of `clip_gradients`' arguments; none: no clipping
+    train.expected_results  as TEST.EXPECTED_RESULTS
+"""
+
+from __future__ import annotations
+import os
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, LazyConfig, instantiate
+from detectron2.engine import AMPTrainer, SimpleTrainer, default_writers, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format, verify_results
+from detectron2.utils import comm
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from .config import check_device, split_batch
+from .hook import AGVMHook
+from .solver import clip_gradients, split_param_groups
+from .trainer import create_ddp_model, in_micro_batches
+
+KEYS = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "agvm")
+
+
+def load(path: str, overrides: list[str]) -> DictConfig:
+    """
+    Raises:
+        ValueError: a config that does not load, or an override that does not fit it.
+    """
+    try:
+        cfg = LazyConfig.load(path)
+    except Exception as error:  # the file is code: anything
+        raise ValueError(f"--config-file: '{path}': {type(error).__name__}: {error}") from error
+    for override in overrides:
+        key = override.split("=")[0].lstrip("+~")
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        fits = OmegaConf.is_dict(node) and (name in node or "_target_" in node or parent == "agvm")
+        if not fits:
+            raise ValueError(
+                f"config: the override '{override}' does not fit: {path} has no key '{key}'."
+            )
+    try:
+        return LazyConfig.apply_overrides(cfg, overrides)
+    except Exception as error:  # hydra's parser has errors of its own
+        raise ValueError(f"config: overrides {overrides}: {error}") from None
+
+
+def micro_batches(cfg: DictConfig, num_workers: int) -> int:
+    """Forward/backward passes of one worker in one iteration; ValueError as `split_batch`."""
+    return split_batch(
+        cfg.dataloader.train.total_batch_size,
+        cfg.train.get("micro_batch_size", 0),
+        num_workers,
+        ("dataloader.train.total_batch_size", "train.micro_batch_size"),
+    )
+
+
+def check(cfg: DictConfig, num_workers: int) -> None:
+    """
+    Raises:
+        ValueError: names the key, what was found and what it must be.
+    """
+    for key in KEYS:
+        if key not in cfg:
+            hint = "; dict(enabled=False) trains without it" if key == "agvm" else ""
+            raise ValueError(f"The config has no '{key}': see the examples in configs/{hint}.")
+    micro_batches(cfg, num_workers)
+    check_device("train.device", cfg.train.device)
+
+
+def dataset_names(cfg: DictConfig, eval_only: bool) -> list[str]:
+    found = []
+    for split in ("test",) if eval_only else ("train", "test"):
+        names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names", default=())
+        found += [names] if isinstance(names, str) else list(names)
+    return found
+
+
+def do_test(cfg: DictConfig, model: nn.Module) -> dict:
+    """Results of `cfg.dataloader.evaluator` on `cfg.dataloader.test`; {} without an evaluator."""
+    if "evaluator" not in cfg.dataloader:
+        return {}
+    results = inference_on_dataset(
+        model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    )
+    print_csv_format(results)
+    return results
+
+
+def verify(cfg: DictConfig, results: dict) -> None:
+    expected = cfg.train.get("expected_results", ())
+    if expected and comm.is_main_process():
+        expected = OmegaConf.to_container(expected)
+        verify_results(CfgNode({"TEST": {"EXPECTED_RESULTS": expected}}), results)
+
+
+def do_train(cfg: DictConfig, resume: bool = False) -> dict:
+    """Train, and evaluate at the end; the last evaluation's results."""
+    train = cfg.train
+    model = instantiate(cfg.model).to(train.device)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    if train.get("clip_gradients"):
+        clip_gradients(optimizer, **train.clip_gradients)
+    agvm = OmegaConf.to_container(cfg.agvm)
+    enabled = agvm.pop("enabled", True)
+    if enabled:
+        split_param_groups(optimizer, model, agvm.get("modules", ()))
+
+    loader = instantiate(cfg.dataloader.train)
+    model = create_ddp_model(model, **train.ddp)
+    trainer = (AMPTrainer if train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
+    pieces = micro_batches(cfg, comm.get_world_size())
+    if pieces > 1:
+        trainer = in_micro_batches(trainer, train.micro_batch_size)
+    checkpointer = DetectionCheckpointer(model, train.output_dir, trainer=trainer)
+    results: dict = {}
+
+    def evaluate() -> dict:
+        results.clear()
+        results.update(do_test(cfg, model))
+        return results
+
+    main = comm.is_main_process()
+    writers = default_writers(train.output_dir, train.max_iter) if main else []
+    built = [
+        hooks.IterationTimer(),
+        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        (
+            AGVMHook(
+                model,
+                optimizer,
+                micro_batches=pieces,
+                batch_size=cfg.dataloader.train.total_batch_size,
+                **agvm,
+            )
+            if enabled
+            else None
+        ),
+        hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer) if main else None,
+        hooks.EvalHook(train.eval_period, evaluate),
+        hooks.PeriodicWriter(writers, period=train.log_period) if main else None,
+    ]
+    trainer.register_hooks([hook for hook in built if hook])
+    checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
+    start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    os.makedirs(train.output_dir, exist_ok=True)
+    trainer.train(start, train.max_iter)
+    verify(cfg, results)
+    return results

@@ -1,0 +1,112 @@
+"""`python -m agvm_d2.recipe --config-file CONFIG --batch-size N`: what to put in a config to train
+with batches of N images."""
+
+from __future__ import annotations
+import argparse
+import os
+import sys
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from .config import add_agvm_config
+from .solver import LR_RULES, scaled_lr
+
+# Of training, as in the paper: two epochs of sixteen.
+WARMUP = 1 / 8
+# Iterations to each side of the end of warm-up in which the paper clips.
+CLIP = 100
+# The paper has hardly a run below (Faster R-CNN, batch 1536: 924).
+FEW_ITERATIONS = 900
+
+
+def recipe(solver: CfgNode, batch: int, rule: str | None = None) -> dict:
+    """Config keys for training as long as `solver` does (the same number of images), at `batch`.
+
+    Args:
+        solver: SOLVER of a config that works at its own IMS_PER_BATCH.
+        rule: of `scaled_lr`; by default "sqrt" for ADAMW and LAMB and "linear-sqrt" for the others.
+
+    Raises:
+        ValueError: a batch that is not positive, or so large that nothing is left to train.
+    """
+    if rule is None:
+        rule = "sqrt" if solver.OPTIMIZER in ("ADAMW", "LAMB") else "linear-sqrt"
+    lr = scaled_lr(batch, rule, solver.BASE_LR, solver.IMS_PER_BATCH)
+    shrink = solver.IMS_PER_BATCH / batch
+    iterations = round(solver.MAX_ITER * shrink)
+    warmup = round(iterations * WARMUP)
+    if warmup < 2:
+        raise ValueError(
+            f"--batch-size {batch}: {iterations} iterations would be left of the "
+            f"{solver.MAX_ITER} at batch {solver.IMS_PER_BATCH}; train longer or take a smaller one"
+        )
+    window = min(CLIP, warmup)
+    return {
+        "SOLVER": {
+            "IMS_PER_BATCH": batch,
+            "BASE_LR": float(f"{lr:.3g}"),
+            "MAX_ITER": iterations,
+            "STEPS": str(tuple(round(step * shrink) for step in solver.STEPS)),
+            "WARMUP_METHOD": "exp",
+            "WARMUP_FACTOR": 0.001,
+            "WARMUP_ITERS": warmup,
+            "CLIP_GRADIENTS": {
+                "ENABLED": True,
+                "CLIP_TYPE": "full_model",
+                "CLIP_VALUE": 1.0,
+                "ITER_RANGE": str((warmup - window, warmup + window)),
+            },
+        },
+        "AGVM": {"START_ITER": warmup + window, "INTERVAL": 5 if batch > 1000 else 10},
+    }
+
+
+def read_solver(path: str) -> CfgNode:
+    """SOLVER of a config of any Detectron2 project, whatever other keys it has.
+
+    Raises:
+        ValueError, OSError: not a YAML file.
+    """
+    if path.endswith(".py"):
+        raise ValueError(
+            f"--config-file: '{path}' is a LazyConfig; this command reads .yaml. "
+            "agvm_d2.solver.scaled_lr has the rule."
+        )
+    cfg = get_cfg()
+    add_agvm_config(cfg)
+    try:
+        given = CfgNode.load_yaml_with_base(path, allow_unsafe=True)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config-file: '{path}' is not YAML: {error}") from None
+    cfg.SOLVER.set_new_allowed(True)
+    cfg.SOLVER.merge_from_other_cfg(CfgNode(given.get("SOLVER", {})))
+    return cfg.SOLVER
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config-file", required=True, help="a config that works at its batch")
+    parser.add_argument("--batch-size", required=True, type=int, help="images of one iteration")
+    parser.add_argument("--rule", choices=LR_RULES, help="default: by the optimizer")
+    args = parser.parse_args(argv)
+    try:
+        if not os.path.isfile(args.config_file):
+            raise FileNotFoundError(f"--config-file: '{args.config_file}' is not a file")
+        solver = read_solver(args.config_file)
+        keys = recipe(solver, args.batch_size, args.rule)
+    except (ValueError, KeyError, OSError) as error:
+        sys.exit(f"agvm_d2.recipe: error: {error}")
+    print(
+        f"# From batch {solver.IMS_PER_BATCH}, learning rate {solver.BASE_LR:g}, "
+        f"{solver.MAX_ITER:,} iterations."
+    )
+    if keys["SOLVER"]["MAX_ITER"] < FEW_ITERATIONS:
+        print(
+            f"# {keys['SOLVER']['MAX_ITER']} iterations are few for any method: the paper rarely "
+            f"goes below {FEW_ITERATIONS}."
+        )
+    print(yaml.safe_dump(keys, sort_keys=False).replace("'", ""), end="")
+
+
+if __name__ == "__main__":
+    main()

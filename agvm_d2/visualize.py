@@ -1,0 +1,132 @@
+"""`python -m agvm_d2.visualize --config-file CONFIG --out PNG [KEY VALUE ...]`: images of the test
+set, what is on them and what a trained model (MODEL.WEIGHTS) finds, side by side."""
+
+from __future__ import annotations
+import argparse
+import os
+import sys
+from collections.abc import Callable
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg, instantiate
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.modeling import build_model
+from detectron2.utils.visualizer import ColorMode, Visualizer
+from torch import nn
+
+import agvm_d2.data  # noqa: F401  registers the bundled datasets
+
+from . import lazy
+from .config import add_agvm_config, check_datasets, check_device
+
+SIDE = 480  # pixels of the shorter side of a drawn image, at least
+
+
+def draw_truth(image: np.ndarray, record: dict, metadata) -> np.ndarray:
+    """`image` (H, W, 3) RGB uint8 with the annotations of a dataset's record."""
+    scale = max(1.0, SIDE / min(image.shape[:2]))
+    if "annotations" in record:  # of a panoptic set its things, not the mask over all of them
+        record = {key: value for key, value in record.items() if key != "sem_seg_file_name"}
+    return Visualizer(image, metadata, scale=scale).draw_dataset_dict(record).get_image()
+
+
+def draw_prediction(image: np.ndarray, output: dict, metadata, threshold: float) -> np.ndarray:
+    """`image` with a model's output: panoptic, semantic or instances of at least `threshold`."""
+    scale = max(1.0, SIDE / min(image.shape[:2]))
+    visualizer = Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.IMAGE)
+    if "panoptic_seg" in output:
+        segments, info = output["panoptic_seg"]
+        return visualizer.draw_panoptic_seg(segments.cpu(), info, alpha=0.5).get_image()
+    if "sem_seg" in output:
+        return visualizer.draw_sem_seg(output["sem_seg"].argmax(0).cpu(), alpha=0.5).get_image()
+    found = output["instances"].to("cpu")
+    return visualizer.draw_instance_predictions(found[found.scores >= threshold]).get_image()
+
+
+def load(config_file: str, opts: list[str]) -> tuple[nn.Module, Callable, str]:
+    """A trained model in eval mode, its mapper of test images, and the name of the first test set.
+
+    Raises:
+        ValueError, KeyError, FileNotFoundError: names the config key.
+    """
+    if config_file.endswith(".py"):
+        cfg = lazy.load(config_file, opts)
+        names, device = lazy.dataset_names(cfg, eval_only=True), cfg.train.device
+        keys, weights = ("train.init_checkpoint", "train.device"), cfg.train.init_checkpoint
+    else:
+        cfg = get_cfg()
+        add_agvm_config(cfg)
+        cfg.merge_from_file(config_file)
+        cfg.merge_from_list(opts)
+        names, device = cfg.DATASETS.TEST, cfg.MODEL.DEVICE
+        keys, weights = ("MODEL.WEIGHTS", "MODEL.DEVICE"), cfg.MODEL.WEIGHTS
+    if not names:
+        raise ValueError("DATASETS.TEST: found none, but one is needed to draw from.")
+    check_datasets(names[:1])
+    check_device(keys[1], device)
+    if not os.path.isfile(weights):
+        raise FileNotFoundError(f"{keys[0]}: '{weights}' is no file: give a run's model_final.pth")
+    if isinstance(cfg, CfgNode):
+        model, mapper = build_model(cfg), DatasetMapper(cfg, is_train=False)
+    else:
+        model = instantiate(cfg.model).to(device)
+        mapper = instantiate(cfg.dataloader.test.mapper)
+    DetectionCheckpointer(model).load(weights)
+    return model.eval(), mapper, names[0]
+
+
+def visualize(
+    model: nn.Module,
+    mapper: Callable,
+    dataset: str,
+    picture: str,
+    num: int = 4,
+    threshold: float = 0.5,
+) -> str:
+    """Draw `num` images, spread over `dataset`, and return the PNG's path.
+
+    Args:
+        threshold: the lowest score of an instance drawn.
+    """
+    records, metadata = DatasetCatalog.get(dataset), MetadataCatalog.get(dataset)
+    num = min(num, len(records))
+    figure, axes = plt.subplots(2, num, figsize=(2.4 * num, 5), squeeze=False, layout="constrained")
+    for i in range(num):
+        record = records[i * len(records) // num]
+        image = read_image(record["file_name"], "RGB")
+        with torch.no_grad():
+            output = model([mapper(record)])[0]
+        axes[0, i].imshow(draw_truth(image, record, metadata))
+        axes[1, i].imshow(draw_prediction(image, output, metadata, threshold))
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    axes[0, 0].set_ylabel("annotated")
+    axes[1, 0].set_ylabel("found")
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+    return picture
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--out", default="predictions.png", metavar="PNG")
+    parser.add_argument("--num", type=int, default=4, help="images")
+    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score drawn")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as in training")
+    args = parser.parse_args(argv)
+    try:
+        loaded = load(args.config_file, args.opts)
+        print(visualize(*loaded, args.out, args.num, args.threshold))
+    except (AssertionError, ValueError, KeyError, OSError) as error:
+        sys.exit(f"agvm_d2.visualize: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Every file under configs/: it loads, builds, and its arithmetic holds."""
+
+import functools
+import glob
+import os
+import re
+import pytest
+import torch
+from detectron2.config import get_cfg, instantiate
+from detectron2.modeling import build_model
+
+from agvm_d2 import add_agvm_config, build_optimizer, lazy
+from agvm_d2.config import check_config
+from agvm_d2.modules import assign_modules, unwrap
+from agvm_d2.solver import build_lr_scheduler, split_param_groups
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FILES = [
+    os.path.relpath(path, ROOT)
+    for path in sorted(glob.glob(os.path.join(ROOT, "configs", "*", "*")))
+    if path.endswith((".yaml", ".py")) and not re.search(r"/common/|/Base-", path)
+]
+IMAGES = {"coco": 117266, "ade20k": 20210, "digits": 2000}  # COCO's with annotations
+RCNN = {"backbone", "fpn", "rpn", "box_head"}
+MODULES = {
+    "faster_rcnn": RCNN,
+    "retinanet": {"backbone", "fpn", "head"},
+    "mask_rcnn": RCNN | {"mask_head"},
+    "cascade_mask_rcnn": RCNN | {"mask_head"},
+    "panoptic_fpn": RCNN | {"mask_head", "sem_seg_head"},
+    "semantic_fpn": {"backbone", "fpn", "sem_seg_head"},
+}
+
+
+def test_there_are_configs_for_every_pipeline():
+    assert {name for name in MODULES if any(name in path for path in FILES)} == set(MODULES)
+    assert len(FILES) > 40
+
+
+def expected_modules(path: str) -> set[str]:
+    name = os.path.basename(path)
+    return MODULES[max((m for m in MODULES if name.startswith(m)), key=len)]
+
+
+def check_arithmetic(path, dataset, batch, iterations, enabled):
+    """epochs x images / batch = iterations; the name says what is inside."""
+    epochs, named = re.search(r"_(?:(\d+)ep_)?bs(\d+k?)", path).groups()
+    assert int(named.replace("k", "000")) == batch
+    if epochs:  # the demo's are not whole
+        images = IMAGES[re.split("[_/]", dataset)[0]]
+        assert iterations == pytest.approx(int(epochs) * images / batch, rel=0.01)
+    assert path.endswith(("_agvm.yaml", "_agvm.py")) == enabled
+
+
+def check_optimizer(model, optimizer, expected):
+    """Each trainable parameter is in one module and in one group, each group in one module."""
+    modules = assign_modules(model)
+    assert set(modules) == expected
+    counted = [id(p) for params in modules.values() for p in params]
+    trainable = [id(p) for p in unwrap(model).parameters() if p.requires_grad]
+    assert sorted(counted) == sorted(trainable)
+    owner = {id(p): name for name, params in modules.items() for p in params}
+    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert set(trainable) <= set(grouped) and len(grouped) == len(set(grouped))
+    return [{owner[id(p)] for p in g["params"] if id(p) in owner} for g in optimizer.param_groups]
+
+
+@functools.lru_cache(maxsize=2)
+def yaml_model(dumped: str):
+    """Batch sizes of one pipeline share a model."""
+    cfg = get_cfg()
+    cfg.MODEL.merge_from_other_cfg(cfg.load_cfg(dumped))
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
+    return build_model(cfg)
+
+
+@functools.lru_cache(maxsize=1)
+def lazy_model(path: str):
+    return instantiate(lazy.load(path, []).model)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.endswith(".yaml")])
+def test_yaml_configs(path):
+    with open(os.path.join(ROOT, path)) as f:
+        assert len(f.readlines()) < 25
+    cfg = get_cfg()
+    add_agvm_config(cfg)
+    cfg.merge_from_file(os.path.join(ROOT, path))
+    cfg.MODEL.DEVICE = "cpu"
+    check_config(cfg, 1)
+    solver = cfg.SOLVER
+    check_arithmetic(
+        path, cfg.DATASETS.TRAIN[0], solver.IMS_PER_BATCH, solver.MAX_ITER, cfg.AGVM.ENABLED
+    )
+
+    model = yaml_model(cfg.MODEL.dump())
+    optimizer = build_optimizer(cfg, model)
+    groups = check_optimizer(model, optimizer, expected_modules(path))
+    if cfg.AGVM.ENABLED:
+        assert all(len(modules) <= 1 for modules in groups)
+        start = cfg.AGVM.START_ITER
+        assert solver.WARMUP_ITERS < start < 0.5 * solver.MAX_ITER  # something is left to do
+        window = solver.CLIP_GRADIENTS.ITER_RANGE
+        assert not window or window[0] <= solver.WARMUP_ITERS < window[1] <= start
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    optimizer._opt_called = True  # no warning: the scheduler alone is stepped
+    lrs = []
+    for _ in range(solver.MAX_ITER if solver.MAX_ITER < 10_000 else solver.WARMUP_ITERS + 1):
+        lrs.append(optimizer.param_groups[0]["lr"])
+        scheduler.step()
+    assert lrs[0] < 0.01 * solver.BASE_LR
+    assert max(lrs) == pytest.approx(solver.BASE_LR, rel=0.02)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.endswith(".py")])
+def test_lazy_configs(path):
+    if "swin" in path or "vitdet" in path:
+        pytest.importorskip("timm")
+    full = os.path.join(ROOT, path)
+    cfg = lazy.load(full, ["train.device=cpu"])
+    lazy.check(cfg, 1)
+    check_arithmetic(
+        path,
+        cfg.dataloader.train.dataset.names,
+        cfg.dataloader.train.total_batch_size,
+        cfg.train.max_iter,
+        cfg.agvm.enabled,
+    )
+    model = lazy_model(re.sub("bs64.py", "bs512_agvm.py", full))  # a baseline's is the same
+    cfg.optimizer.params.model = model
+    optimizer = split_param_groups(instantiate(cfg.optimizer), model)
+    groups = check_optimizer(model, optimizer, expected_modules(path))
+    assert all(len(modules) <= 1 for modules in groups)
+    if "vitdet" in path:  # layer decay is kept: lower layers learn slower
+        lrs = {g["lr"] for g, m in zip(optimizer.param_groups, groups) if m == {"backbone"}}
+        assert len(lrs) > 4 and max(lrs) <= cfg.optimizer.lr
+    schedule = instantiate(cfg.lr_multiplier)
+    assert schedule(0.0) == pytest.approx(0.001)
+    assert schedule(cfg.lr_multiplier.warmup_length) == pytest.approx(1.0)
+    assert schedule(0.9999) == pytest.approx(0.01)
+    assert schedule.__class__.__module__.startswith("fvcore")
+    assert isinstance(optimizer, torch.optim.AdamW)

@@ -1,0 +1,99 @@
+"""docs/extending.md, word for word: each section's code, run as a user would."""
+
+import json
+import os
+import re
+from types import SimpleNamespace
+import pytest
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+
+import agvm_d2.data  # noqa: F401
+from agvm_d2 import lazy
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DIGITS = os.path.join(ROOT, "configs/Base-RCNN-FPN-Digits.yaml")
+LAZY = os.path.join(
+    ROOT, "configs/Digits-InstanceSegmentation/mask_rcnn_vitdet_thin_8ep_bs64_agvm.py"
+)
+
+
+def code(heading: str) -> str:
+    with open(os.path.join(ROOT, "docs", "extending.md")) as f:
+        sections = re.split(r"^## ", f.read(), flags=re.M)
+    (section,) = (s for s in sections if s.startswith(heading))
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", section, flags=re.M | re.S))
+
+
+def config(folder):
+    """A stock config of a small project, without this package's keys."""
+    cfg = get_cfg()
+    given = CfgNode.load_yaml_with_base(DIGITS)
+    for key in ("MODEL", "DATASETS", "INPUT"):
+        cfg[key].merge_from_other_cfg(CfgNode(given[key]))
+    cfg.SOLVER.IMS_PER_BATCH = 4
+    cfg.SOLVER.MAX_ITER = 3
+    cfg.SOLVER.STEPS = ()
+    cfg.SOLVER.BASE_LR = 1e-3
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.DATASETS.TEST = ()
+    cfg.OUTPUT_DIR = str(folder)
+    return cfg
+
+
+def factors(folder) -> set[str]:
+    """Modules whose factors were logged."""
+    with open(os.path.join(folder, "metrics.json")) as f:
+        found = {key for line in f for key in json.loads(line)}
+    return {key.split("/")[-1] for key in found if key.startswith("agvm/lr_scale/")}
+
+
+RCNN = {"backbone", "fpn", "rpn", "box_head"}
+
+
+def test_a_default_trainer_with_its_own_optimizer(digits, tmp_path):
+    space = {"cfg": config(tmp_path)}
+    exec(code("A `DefaultTrainer` with its own"), space)
+    optimizer = space["trainer"].optimizer
+    assert type(optimizer).__name__ == "FullModelClippedAdamW"
+    assert sorted({round(g["lr"], 6) for g in optimizer.param_groups}) == [1e-4, 1e-3]
+    assert factors(tmp_path) == RCNN
+
+
+def run_in_worker(heading: str, folder: str, kind: str) -> None:
+    os.makedirs(folder, exist_ok=True)
+    if kind == "plain":
+        cfg = config(folder)
+        exec(code(heading), {"cfg": cfg, "model": build_model(cfg)})
+    else:
+        cfg = lazy.load(
+            LAZY,
+            [
+                f"train.output_dir={folder}", "train.max_iter=3",
+                "dataloader.train.total_batch_size=4", "dataloader.train.num_workers=0",
+            ],
+        )  # fmt: skip
+        exec(code(heading), {"cfg": cfg, "args": SimpleNamespace(resume=False)})
+
+
+@pytest.mark.parametrize(
+    "kind, heading", [("plain", "A loop of its own"), ("lazy", "A LazyConfig project")]
+)
+def test_projects_with_a_loop_of_their_own(kind, heading, digits, tmp_path, workers):
+    workers(2).run(run_in_worker, heading, str(tmp_path / "out"), kind)
+    expected = RCNN | {"mask_head"} if kind == "lazy" else RCNN
+    assert factors(tmp_path / "out") == expected
+
+
+def test_an_architecture_of_its_own(digits, tmp_path):
+    source = code("An architecture of its own")
+    cfg = config(tmp_path)
+    exec(source, {"cfg": cfg})
+    assert factors(tmp_path) == {"encoder", "head"}
+
+    # "enough": without the rules
+    source = source.replace("cfg.AGVM.MODULES =", "ignored =")
+    source = source.replace("@META_ARCH_REGISTRY.register()\n", "")
+    cfg = config(tmp_path / "children")
+    exec(source, {"cfg": cfg})
+    assert factors(tmp_path / "children") == {"encoder", "decoder", "fusion"}

@@ -1,0 +1,64 @@
+import re
+import pytest
+import yaml
+from detectron2.config import get_cfg
+from detectron2.model_zoo import get_config_file
+
+from agvm_d2 import add_agvm_config, recipe
+from agvm_d2.config import check_config
+
+FASTER = get_config_file("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+RETINANET = get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+
+
+def run(capsys, *args) -> str:
+    recipe.main(list(map(str, args)))
+    return capsys.readouterr().out
+
+
+def test_what_it_prints_can_be_pasted_and_is_the_papers_recipe(capsys, tmp_path):
+    out = run(capsys, "--config-file", FASTER, "--batch-size", 512)
+    (tmp_path / "c.yaml").write_text(f"_BASE_: {FASTER}\n{out}")
+    cfg = get_cfg()
+    add_agvm_config(cfg)
+    cfg.merge_from_file(str(tmp_path / "c.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    check_config(cfg, 1)
+    solver = cfg.SOLVER
+    assert solver.BASE_LR == 0.32  # 0.16 * sqrt(512 / 128)
+    assert solver.MAX_ITER == 2812 and solver.STEPS == (1875, 2500)  # 90,000 x 16 / 512
+    assert solver.WARMUP_ITERS == 352 and solver.WARMUP_METHOD == "exp"
+    assert solver.CLIP_GRADIENTS.ITER_RANGE == (252, 452)
+    assert cfg.AGVM.START_ITER == 452 and cfg.AGVM.INTERVAL == 10
+
+
+def test_rules_and_hints(capsys):
+    out = run(capsys, "--config-file", RETINANET, "--batch-size", 2048, "--rule", "linear")
+    assert "From batch 16, learning rate 0.01, 90,000 iterations" in out
+    keys = yaml.safe_load(out)
+    assert keys["SOLVER"]["BASE_LR"] == 1.28 and keys["AGVM"]["INTERVAL"] == 5
+    assert "703 iterations are few" in out
+
+
+def test_adam_takes_the_square_root_of_another_projects_config(capsys, tmp_path):
+    (tmp_path / "m2f.yaml").write_text(
+        "MODEL: {MASK_FORMER: {DEC_LAYERS: 10}}\n"
+        "SOLVER: {IMS_PER_BATCH: 16, BASE_LR: 0.0001, OPTIMIZER: ADAMW, BACKBONE_MULTIPLIER: 0.1,\n"
+        "  STEPS: [327778, 355092], MAX_ITER: 368750}\n"
+    )
+    out = run(capsys, "--config-file", tmp_path / "m2f.yaml", "--batch-size", 256)
+    assert yaml.safe_load(out)["SOLVER"]["BASE_LR"] == 0.0004
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--config-file", "no.yaml", "--batch-size", "64"], "'no.yaml' is not a file"),
+        (["--config-file", FASTER, "--batch-size", "0"], "batch: found 0"),
+        (["--config-file", FASTER, "--batch-size", "1000000"], "1 iterations would be left"),
+        (["--config-file", __file__, "--batch-size", "64"], "is a LazyConfig"),
+    ],
+)
+def test_bad_arguments(args, message):
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        recipe.main(args)

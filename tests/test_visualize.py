@@ -1,0 +1,53 @@
+import os
+import pytest
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg, instantiate
+from detectron2.modeling import build_model
+from PIL import Image
+
+from agvm_d2 import add_agvm_config, lazy, visualize
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def untrained(path, folder) -> str:
+    """A checkpoint of the model as built."""
+    if path.endswith(".py"):
+        model = instantiate(lazy.load(path, []).model)
+    else:
+        cfg = get_cfg()
+        add_agvm_config(cfg)
+        cfg.merge_from_file(path)
+        model = build_model(cfg)
+    DetectionCheckpointer(model, str(folder)).save("model")
+    return str(folder / "model.pth")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "Digits-InstanceSegmentation/mask_rcnn_thin_R_50_FPN_8ep_bs64_agvm.yaml",
+        "Digits-SemanticSegmentation/semantic_fpn_thin_R_50_4ep_bs64_agvm.yaml",
+        "Digits-PanopticSegmentation/panoptic_fpn_thin_R_50_8ep_bs64_agvm.yaml",
+        "Digits-InstanceSegmentation/mask_rcnn_vitdet_thin_8ep_bs64_agvm.py",
+    ],
+)
+def test_draws_each_task(path, digits, tmp_path, capsys):
+    if path.endswith(".py"):
+        pytest.importorskip("timm")
+    path = os.path.join(ROOT, "configs", path)
+    weights = untrained(path, tmp_path)
+    key = "train.init_checkpoint=" + weights if path.endswith(".py") else "MODEL.WEIGHTS " + weights
+    out = str(tmp_path / "p.png")
+    visualize.main(
+        ["--config-file", path, "--out", out, "--num", "2", "--threshold", "0.0", *key.split()]
+    )
+    assert capsys.readouterr().out == out + "\n"
+    with Image.open(out) as picture:
+        assert picture.width > 400 and len(picture.convert("RGB").getcolors(2**24)) > 1000
+
+
+def test_missing_weights_are_named():
+    path = os.path.join(ROOT, "configs/Digits-Detection/faster_rcnn_thin_R_50_FPN_bs64_agvm.yaml")
+    with pytest.raises(SystemExit, match="MODEL.WEIGHTS: 'no.pth' is no file"):
+        visualize.main(["--config-file", path, "MODEL.WEIGHTS", "no.pth"])
