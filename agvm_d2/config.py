@@ -3,6 +3,7 @@
 from __future__ import annotations
 import os
 import re
+from collections.abc import Callable
 import torch
 from detectron2.config import CfgNode as CN
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -11,6 +12,7 @@ MODES = ("modulate", "monitor")
 ESTIMATORS = ("pairwise", "split")
 OPTIMIZERS = ("SGD", "ADAMW", "LARS", "LAMB")
 CLIP_TYPES = ("value", "norm", "full_model")
+STOP_OR_SKIP = ("stop", "skip")
 WARMUP_METHODS = ("constant", "linear", "exp")
 
 
@@ -46,6 +48,11 @@ def add_agvm_config(cfg: CN) -> None:
     # Iterations [first, last) in which CLIP_GRADIENTS works; (): always. CLIP_TYPE may also be
     # "full_model", the norm over all parameters together.
     cfg.SOLVER.CLIP_GRADIENTS.ITER_RANGE = ()
+    # A NaN or inf: "stop" when the loss has one, as Detectron2, or "skip" each step whose gradient
+    # has one, in all workers alike.
+    cfg.SOLVER.ON_NONFINITE = "stop"
+    # An image or annotation that cannot be read: "stop", or "skip" to the next; both name the file.
+    cfg.DATALOADER.ON_BAD_IMAGE = "stop"
     # SOLVER.WARMUP_METHOD may also be "exp": the learning rate grows by a constant factor.
 
 
@@ -108,33 +115,41 @@ def micro_batches(cfg: CN, num_workers: int) -> int:
     return split_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MICRO_BATCH_SIZE, num_workers)
 
 
-def check_config(cfg: CN, num_workers: int) -> None:
-    """
+def check_agvm(values: dict, key: Callable[[str], str]) -> None:
+    """Check AGVM's settings, by the names of `AGVMHook`'s arguments; missing ones are not.
+
+    Args:
+        key: name -> what a message calls it.
+
     Raises:
         ValueError: names the key, what was found and what it must be.
     """
-    if "AGVM" not in cfg:
-        raise ValueError("The config has no AGVM keys: call add_agvm_config(cfg) after get_cfg().")
-    agvm, solver = cfg.AGVM, cfg.SOLVER
-    one_of("AGVM.MODE", agvm.MODE, MODES)
-    one_of("AGVM.ESTIMATOR", agvm.ESTIMATOR, ESTIMATORS)
-    _check(agvm.INTERVAL >= 1, "AGVM.INTERVAL", agvm.INTERVAL, "it must be at least 1")
-    for key in ("START_ITER", "STOP_ITER"):
-        _check(agvm[key] >= -1, f"AGVM.{key}", agvm[key], "it must be -1 or an iteration")
-    _check(0 <= agvm.MOMENTUM < 1, "AGVM.MOMENTUM", agvm.MOMENTUM, "it must be in [0, 1)")
-    bounds = tuple(agvm.RATIO_RANGE)
-    _check(
-        len(bounds) == 2 and _is_number(*bounds) and 0 < bounds[0] <= 1 <= bounds[1],
-        "AGVM.RATIO_RANGE",
-        bounds,
+
+    def check(name: str, ok: Callable, need: str) -> None:
+        if name in values:
+            _check(ok(values[name]), key(name), values[name], need)
+
+    if "mode" in values:
+        one_of(key("mode"), values["mode"], MODES)
+    if "estimator" in values:
+        one_of(key("estimator"), values["estimator"], ESTIMATORS)
+    check("enabled", lambda v: isinstance(v, bool), "it must be True or False")
+    check("anchor", lambda v: isinstance(v, str), "it must be a module's name")
+    check("interval", lambda v: _is_int(v) and v >= 1, "it must be at least 1")
+    for name in ("start_iter", "stop_iter"):
+        check(name, lambda v: _is_int(v) and v >= -1, "it must be -1 or an iteration")
+    check("momentum", lambda v: _is_number(v) and 0 <= v < 1, "it must be in [0, 1)")
+    check(
+        "ratio_range",
+        lambda v: len(v) == 2 and _is_number(*v) and 0 < v[0] <= 1 <= v[1],
         "it must be two numbers (low, high) with 0 < low <= 1 <= high",
     )
-    for rule in agvm.MODULES:
+    for rule in values.get("modules", ()):
         _check(
             isinstance(rule, (tuple, list))
             and len(rule) == 2
             and all(isinstance(part, str) for part in rule),
-            "AGVM.MODULES",
+            key("modules"),
             rule,
             "each entry must be a pair (module name, regex)",
         )
@@ -142,10 +157,23 @@ def check_config(cfg: CN, num_workers: int) -> None:
             re.compile(rule[1])
         except re.error as error:
             raise ValueError(
-                f"AGVM.MODULES: '{rule[1]}' of module '{rule[0]}' is not a regex: {error}."
+                f"{key('modules')}: '{rule[1]}' of module '{rule[0]}' is not a regex: {error}."
             ) from None
+
+
+def check_config(cfg: CN, num_workers: int) -> None:
+    """
+    Raises:
+        ValueError: names the key, what was found and what it must be.
+    """
+    if "AGVM" not in cfg:
+        raise ValueError("The config has no AGVM keys: call add_agvm_config(cfg) after get_cfg().")
+    solver = cfg.SOLVER
+    check_agvm({k.lower(): v for k, v in cfg.AGVM.items()}, lambda name: f"AGVM.{name.upper()}")
     one_of("SOLVER.OPTIMIZER", solver.OPTIMIZER, OPTIMIZERS)
     one_of("SOLVER.WARMUP_METHOD", solver.WARMUP_METHOD, WARMUP_METHODS)
+    one_of("SOLVER.ON_NONFINITE", solver.ON_NONFINITE, STOP_OR_SKIP)
+    one_of("DATALOADER.ON_BAD_IMAGE", cfg.DATALOADER.ON_BAD_IMAGE, STOP_OR_SKIP)
     clip = solver.CLIP_GRADIENTS
     one_of("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip.CLIP_TYPE, CLIP_TYPES)
     window = tuple(clip.ITER_RANGE)
@@ -157,6 +185,7 @@ def check_config(cfg: CN, num_workers: int) -> None:
     )
     micro_batches(cfg, num_workers)
     check_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
+    check_amp("SOLVER.AMP.ENABLED", solver.AMP.ENABLED, cfg.MODEL.DEVICE)
 
 
 def check_device(key: str, device: str) -> None:
@@ -170,6 +199,14 @@ def check_device(key: str, device: str) -> None:
             f"{key}: found '{device}', but this machine has no usable CUDA device. To run on a "
             f"CPU, add to the command: {key}{assign}cpu"
         )
+
+
+def check_amp(key: str, enabled: bool, device: str) -> None:
+    """
+    Raises:
+        ValueError: mixed precision on a CPU, for which Detectron2's AMPTrainer is not made.
+    """
+    _check(not enabled or device.startswith("cuda"), key, enabled, "it needs a CUDA device")
 
 
 def check_datasets(names) -> None:

@@ -9,6 +9,7 @@ Beside Detectron2's keys a config has
 """
 
 from __future__ import annotations
+import inspect
 import os
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, LazyConfig, instantiate
@@ -18,11 +19,13 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .config import check_device, split_batch
+from .config import check_agvm, check_amp, check_device, split_batch
 from .hook import AGVMHook
 from .solver import clip_gradients, split_param_groups
 from .trainer import create_ddp_model, in_micro_batches
 
+# Arguments that are not settings.
+FILLED_IN = {"self", "model", "optimizer", "micro_batches", "batch_size", "comm_hook"}
 KEYS = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "agvm")
 
 
@@ -69,8 +72,18 @@ def check(cfg: DictConfig, num_workers: int) -> None:
         if key not in cfg:
             hint = "; dict(enabled=False) trains without it" if key == "agvm" else ""
             raise ValueError(f"The config has no '{key}': see the examples in configs/{hint}.")
+    for key, function in (("agvm", AGVMHook.__init__), ("train.clip_gradients", clip_gradients)):
+        node = OmegaConf.select(cfg, key) or {}
+        known = {"enabled", *inspect.signature(function).parameters} - FILLED_IN
+        for name in node:
+            if name not in known:
+                raise ValueError(
+                    f"{key}.{name}: there is no such key; there are {', '.join(sorted(known))}."
+                )
+    check_agvm(OmegaConf.to_container(cfg.agvm), lambda name: f"agvm.{name}")
     micro_batches(cfg, num_workers)
     check_device("train.device", cfg.train.device)
+    check_amp("train.amp.enabled", cfg.train.amp.enabled, cfg.train.device)
 
 
 def dataset_names(cfg: DictConfig, eval_only: bool) -> list[str]:

@@ -22,6 +22,9 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from .config import CLIP_TYPES, OPTIMIZERS, one_of
 from .modules import Rules, assign_modules
+from .moments import block_norms
+
+logger = logging.getLogger("detectron2.agvm_d2")
 
 LR_RULES = ("linear", "sqrt", "linear-sqrt")
 
@@ -104,6 +107,15 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     clip = solver.CLIP_GRADIENTS
     if clip.ENABLED:
         clip_gradients(optimizer, clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE, clip.ITER_RANGE)
+    return prepare_optimizer(cfg, model, optimizer)
+
+
+def prepare_optimizer(
+    cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> torch.optim.Optimizer:
+    """What this package asks of any optimizer: SOLVER.ON_NONFINITE, and groups of one module."""
+    if cfg.SOLVER.ON_NONFINITE == "skip":
+        skip_nonfinite_steps(optimizer)
     if cfg.AGVM.ENABLED:
         split_param_groups(optimizer, model, cfg.AGVM.MODULES)
     return optimizer
@@ -186,6 +198,35 @@ def clip_gradients(
     optimizer.register_step_pre_hook(clip_now)
 
 
+@torch.no_grad()
+def _finite(tensors: list[torch.Tensor]) -> bool:
+    return bool(torch.cat([n for norms in block_norms(tensors) for n in norms]).isfinite().all())
+
+
+def skip_nonfinite_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Leave out each step of `optimizer` whose gradient has a NaN or inf, and say so in the log.
+
+    DDP's workers hold the same averaged gradient, so all of them decide alike.
+    """
+    skipped = 0
+
+    def look(*_) -> None:
+        nonlocal skipped
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [p.grad for p in params if p.grad is not None]
+        if not grads or _finite(grads):
+            return
+        for param in params:
+            param.grad = None  # then there is nothing to step by
+        skipped += 1
+        logger.warning(
+            f"Iteration {get_event_storage().iter}: a gradient is NaN or inf, the step is skipped "
+            f"({skipped} so far)."
+        )
+
+    optimizer.register_step_pre_hook(look)
+
+
 def exp_warmup(
     schedule: ParamScheduler, warmup_factor: float, warmup_length: float, rescale: bool = False
 ) -> ParamScheduler:
@@ -226,9 +267,7 @@ def _schedule(solver: CfgNode) -> ParamScheduler:
     if name == "WarmupMultiStepLR":
         steps = [s for s in solver.STEPS if s <= solver.MAX_ITER]
         if len(steps) < len(solver.STEPS):
-            logging.getLogger("detectron2.agvm_d2").warning(
-                "SOLVER.STEPS has values larger than SOLVER.MAX_ITER; they are ignored."
-            )
+            logger.warning("SOLVER.STEPS has values larger than SOLVER.MAX_ITER; they are ignored.")
         values = [solver.GAMMA**k for k in range(len(steps) + 1)]
         return MultiStepParamScheduler(values, milestones=steps, num_updates=solver.MAX_ITER)
     if name == "WarmupCosineLR":

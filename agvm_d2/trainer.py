@@ -4,7 +4,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import weakref
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import MetadataCatalog
 from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, defaults, hooks
 from detectron2.evaluation import (
@@ -18,9 +20,11 @@ from detectron2.evaluation import (
 from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
+from .checkpoint import SafeCheckpointer
 from .config import check_config, micro_batches
 from .hook import AGVMHook
-from .solver import build_lr_scheduler, build_optimizer, split_param_groups
+from .loader import RandomState, TrainLoader, build_train_loader
+from .solver import build_lr_scheduler, build_optimizer, prepare_optimizer
 
 
 class MicroBatchTrainer(SimpleTrainer):
@@ -38,17 +42,20 @@ class MicroBatchTrainer(SimpleTrainer):
         micro_batch_size: int,
         grad_scaler: torch.amp.GradScaler | None = None,
         precision: torch.dtype | None = None,
+        skip_nonfinite: bool = False,
     ):
         """
         Args:
             micro_batch_size: images of one forward and backward pass.
             grad_scaler: scales the loss, for float16.
             precision: dtype of autocast; None: off.
+            skip_nonfinite: go on where the loss is NaN or inf, as `skip_nonfinite_steps` does.
         """
         super().__init__(model, data_loader, optimizer)
         self.micro_batch_size = micro_batch_size
         self.grad_scaler = grad_scaler
         self.precision = precision
+        self.skip_nonfinite = skip_nonfinite
 
     def run_step(self) -> None:
         assert self.model.training, "[MicroBatchTrainer] model was changed to eval mode!"
@@ -90,6 +97,13 @@ class MicroBatchTrainer(SimpleTrainer):
                 losses = self.model(piece)
         return {"total_loss": losses} if isinstance(losses, torch.Tensor) else losses
 
+    def _write_metrics(self, *args, **kwargs) -> None:
+        try:
+            super()._write_metrics(*args, **kwargs)
+        except FloatingPointError:  # on the main process, after all have sent their losses
+            if not self.skip_nonfinite:
+                raise
+
     def after_micro_batch(self, weight: float) -> None:
         for hook in self._hooks:
             if hasattr(hook, "after_micro_batch"):
@@ -107,16 +121,18 @@ class MicroBatchTrainer(SimpleTrainer):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 
-def in_micro_batches(inner: SimpleTrainer, micro_batch_size: int) -> MicroBatchTrainer:
+def in_micro_batches(
+    inner: SimpleTrainer, micro_batch_size: int, skip_nonfinite: bool = False
+) -> MicroBatchTrainer:
     """
     Raises:
         ValueError: a trainer with a step of its own.
     """
     if type(inner) not in (SimpleTrainer, AMPTrainer):
         raise ValueError(
-            "SOLVER.MICRO_BATCH_SIZE: only Detectron2's SimpleTrainer and AMPTrainer can be "
-            f"cut into micro-batches, but this project runs its own {type(inner).__name__}. "
-            "Set it to 0, or build agvm_d2.trainer.MicroBatchTrainer in the project."
+            "SOLVER.MICRO_BATCH_SIZE, SOLVER.ON_NONFINITE: they need Detectron2's SimpleTrainer or "
+            f"AMPTrainer, but this project runs its own {type(inner).__name__}. Leave them at 0 "
+            'and "stop", or build agvm_d2.trainer.MicroBatchTrainer in the project.'
         )
     return MicroBatchTrainer(
         inner.model,
@@ -125,6 +141,7 @@ def in_micro_batches(inner: SimpleTrainer, micro_batch_size: int) -> MicroBatchT
         micro_batch_size,
         grad_scaler=getattr(inner, "grad_scaler", None),
         precision=getattr(inner, "precision", None),
+        skip_nonfinite=skip_nonfinite,
     )
 
 
@@ -165,18 +182,18 @@ class AGVMTrainerMixin:
         check_config(cfg, comm.get_world_size())
         with _ddp_on_cpu():
             super().__init__(cfg)
-        if micro_batches(self.cfg, comm.get_world_size()) > 1:
-            self._trainer = in_micro_batches(self._trainer, self.cfg.SOLVER.MICRO_BATCH_SIZE)
+        solver, workers = self.cfg.SOLVER, comm.get_world_size()
+        skip = solver.ON_NONFINITE == "skip"
+        if micro_batches(self.cfg, workers) > 1 or skip:
+            size = solver.MICRO_BATCH_SIZE or solver.IMS_PER_BATCH // workers
+            self._trainer = in_micro_batches(self._trainer, size, skip)
 
     @classmethod
     def build_optimizer(cls, cfg, model):
         inherited = super().build_optimizer
         if inherited.__func__ is DefaultTrainer.build_optimizer.__func__:
             return build_optimizer(cfg, model)
-        optimizer = inherited(cfg, model)
-        if cfg.AGVM.ENABLED:
-            split_param_groups(optimizer, model, cfg.AGVM.MODULES)
-        return optimizer
+        return prepare_optimizer(cfg, model, inherited(cfg, model))
 
     @classmethod
     def build_lr_scheduler(cls, cfg, optimizer):
@@ -185,8 +202,23 @@ class AGVMTrainerMixin:
             return build_lr_scheduler(cfg, optimizer)
         return inherited(cfg, optimizer)
 
+    @classmethod
+    def build_train_loader(cls, cfg):
+        inherited = super().build_train_loader
+        loader = None
+        if inherited.__func__ is DefaultTrainer.build_train_loader.__func__:
+            loader = build_train_loader(cfg)
+        return inherited(cfg) if loader is None else loader
+
     def build_hooks(self):
+        if type(self.checkpointer) is DetectionCheckpointer:
+            self.checkpointer = SafeCheckpointer(
+                self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+            )
         built = super().build_hooks()
+        loader = self._trainer.data_loader
+        resumable = isinstance(loader, TrainLoader)
+        built.insert(0, RandomState(loader) if resumable else RandomState(None, self._seed()))
         if self.cfg.AGVM.ENABLED:
             # By type, not by index: rank 0 has more hooks than the other workers.
             place = [i for i, h in enumerate(built) if isinstance(h, hooks.LRScheduler)]
@@ -194,6 +226,9 @@ class AGVMTrainerMixin:
                 place[0] + 1 if place else 0, AGVMHook(self.cfg, self.model, self.optimizer)
             )
         return built
+
+    def _seed(self) -> int:
+        return self.cfg.SEED if self.cfg.SEED >= 0 else comm.shared_random_seed()
 
 
 class AGVMTrainer(AGVMTrainerMixin, DefaultTrainer):

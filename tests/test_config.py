@@ -17,6 +17,7 @@ def test_the_toy_config_is_good(tmp_path):
         ({"AGVM__ESTIMATOR": "pair"}, "AGVM.ESTIMATOR: found 'pair', .* pairwise, split"),
         ({"AGVM__INTERVAL": 0}, "AGVM.INTERVAL: found 0, .*at least 1"),
         ({"AGVM__START_ITER": -2}, "AGVM.START_ITER: found -2"),
+        ({"SOLVER__AMP__ENABLED": True}, "SOLVER.AMP.ENABLED: found True, .*CUDA"),
         ({"AGVM__STOP_ITER": -3}, "AGVM.STOP_ITER: found -3"),
         ({"AGVM__MOMENTUM": 1.0}, r"AGVM.MOMENTUM: found 1.0, .*\[0, 1\)"),
         ({"AGVM__RATIO_RANGE": (2.0, 10.0)}, r"AGVM.RATIO_RANGE: found \(2.0, 10.0\)"),

@@ -14,7 +14,7 @@ from agvm_d2 import lazy
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DIGITS = os.path.join(ROOT, "configs/Base-RCNN-FPN-Digits.yaml")
 LAZY = os.path.join(
-    ROOT, "configs/Digits-InstanceSegmentation/mask_rcnn_vitdet_thin_8ep_bs64_agvm.py"
+    ROOT, "configs/Digits-InstanceSegmentation/mask_rcnn_vitdet_thin_6ep_bs16_agvm.py"
 )
 
 

@@ -10,7 +10,7 @@ import train_net
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VITDET = os.path.join(
-    ROOT, "configs/Digits-InstanceSegmentation/mask_rcnn_vitdet_thin_8ep_bs64_agvm.py"
+    ROOT, "configs/Digits-InstanceSegmentation/mask_rcnn_vitdet_thin_6ep_bs16_agvm.py"
 )
 SHORT = (
     "dataloader.train.total_batch_size=8 train.micro_batch_size=2 train.max_iter=4 "
@@ -72,9 +72,15 @@ def test_two_workers_without_agvm(digits, tmp_path):
         (["trian.max_iter=3"], "'trian.max_iter'"),
         (["SOLVER.MAX_ITER", "3"], "does not fit"),
         (["train.max_iter=[1"], "config: overrides"),
-        (["train.micro_batch_size=3"], "train.micro_batch_size: found 3, .*total_batch_size 64"),
+        (["train.micro_batch_size=3"], "train.micro_batch_size: found 3, .*total_batch_size 16"),
         (["dataloader.train.dataset.names=digit"], "'digit' is not a registered dataset"),
         (["train.init_checkpoint=no.pth"], "train.init_checkpoint: 'no.pth' is not there"),
+        (["agvm.intervall=3"], "agvm.intervall: there is no such key; there are anchor, "),
+        (["agvm.interval=0"], "agvm.interval: found 0, .*at least 1"),
+        (["agvm.mode=on"], "agvm.mode: found 'on', .*modulate, monitor"),
+        (["agvm.ratio_range=[2,3]"], "agvm.ratio_range: found .2, 3."),
+        (["agvm.modules=[[a,b,c]]"], "agvm.modules: found .'a', 'b', 'c'"),
+        (["train.amp.enabled=True"], "train.amp.enabled: found True, .*CUDA"),
         (["train.device=cuda"], "train.device: found 'cuda', .*train.device=cpu"),
     ],
 )

@@ -81,7 +81,7 @@ def coco_folder(digits, tmp_path):
     root = tmp_path / "datasets" / "coco"
     categories = [{"id": c["id"], "name": c["name"]} for c in COCO_CATEGORIES if c["isthing"]]
     (root / "annotations").mkdir(parents=True)
-    source = os.path.join(digits, "digits_v1")
+    source = os.path.join(digits, "digits_v2")
     for split in ("train", "val"):
         shutil.copytree(os.path.join(source, split), root / f"{split}2017")
         with open(os.path.join(source, "annotations", f"instances_{split}.json")) as f:

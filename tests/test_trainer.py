@@ -134,7 +134,7 @@ def test_a_projects_own_inner_trainer_cannot_be_cut(tmp_path):
     class Trainer(AGVMTrainerMixin, Theirs):
         pass
 
-    with pytest.raises(ValueError, match="SOLVER.MICRO_BATCH_SIZE: .* its own Own"):
+    with pytest.raises(ValueError, match="SOLVER.MICRO_BATCH_SIZE.*its own Own"):
         Trainer(toy_config(tmp_path, **MICRO))
 
 
@@ -238,11 +238,10 @@ def faster_rcnn_config(output_dir, **options):
     import agvm_d2.data  # noqa: F401
 
     cfg = toy_config(output_dir)
-    cfg.merge_from_file(
-        os.path.join(
-            os.path.dirname(__file__), "../configs/Digits-Detection/Base-RCNN-FPN-Digits.yaml"
-        )
-    )
+    base = os.path.join(os.path.dirname(__file__), "../configs/Base-RCNN-FPN-Digits.yaml")
+    cfg.merge_from_file(base)
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
+    cfg.SOLVER.MICRO_BATCH_SIZE = 0
     # Sampling takes all anchors and proposals, so that no loss is random.
     cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 10**6
     cfg.SOLVER.WARMUP_METHOD = "linear"
@@ -313,6 +312,34 @@ def test_faster_rcnn_in_two_workers_in_micro_batches_and_in_the_reference(
         for value, exact in zip(result, wanted, strict=True):
             torch.testing.assert_close(value, exact, rtol=1e-4, atol=0)
     assert all(torch.equal(a, b) for a, b in zip(*ranks, strict=True))
+
+
+class EmptyOnOneTrainer(FixedBatchTrainer):
+    """Worker 0 has three images, worker 1 one without annotations."""
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        data = fixed_batch(cfg)
+        data[3]["instances"] = data[3]["instances"][:0]
+        return [data[:3] if comm.get_rank() == 0 else data[3:]] * 3
+
+
+def empty_on_one(output_dir):
+    torch.manual_seed(0)
+    trainer = EmptyOnOneTrainer(
+        faster_rcnn_config(output_dir, SOLVER__MAX_ITER=3, AGVM__INTERVAL=1)
+    )
+    trainer.train()
+    modulator = agvm_hook(trainer).modulator
+    return modulator.variance, modulator.factors, [p.detach() for p in trainer.model.parameters()]
+
+
+def test_unequal_batches_and_a_worker_without_annotations(digits, workers, tmp_path):
+    one, other = workers(2).run(empty_on_one, tmp_path)
+    assert (one[0] > 0).all() and one[0].isfinite().all() and (one[1] != 1).sum() == 3
+    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    for a, b in zip(one[2], other[2], strict=True):
+        assert a.isfinite().all() and torch.equal(a, b)
 
 
 # Checkpoints

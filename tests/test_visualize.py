@@ -26,10 +26,10 @@ def untrained(path, folder) -> str:
 @pytest.mark.parametrize(
     "path",
     [
-        "Digits-InstanceSegmentation/mask_rcnn_thin_R_50_FPN_8ep_bs64_agvm.yaml",
-        "Digits-SemanticSegmentation/semantic_fpn_thin_R_50_4ep_bs64_agvm.yaml",
-        "Digits-PanopticSegmentation/panoptic_fpn_thin_R_50_8ep_bs64_agvm.yaml",
-        "Digits-InstanceSegmentation/mask_rcnn_vitdet_thin_8ep_bs64_agvm.py",
+        "Digits-InstanceSegmentation/mask_rcnn_thin_R_50_FPN_6ep_bs16_adamw_agvm.yaml",
+        "Digits-SemanticSegmentation/semantic_fpn_thin_R_50_6ep_bs16_adamw_agvm.yaml",
+        "Digits-PanopticSegmentation/panoptic_fpn_thin_R_50_6ep_bs16_adamw_agvm.yaml",
+        "Digits-InstanceSegmentation/mask_rcnn_vitdet_thin_6ep_bs16_agvm.py",
     ],
 )
 def test_draws_each_task(path, digits, tmp_path, capsys):

@@ -15,7 +15,7 @@ dataloader = dict(
         mapper=L(DatasetMapper)(
             is_train=True, augmentations=[], image_format="RGB", use_instance_mask=True
         ),
-        total_batch_size=64,
+        total_batch_size=16,
         num_workers=1,
     ),
     test=L(build_detection_test_loader)(

@@ -1,4 +1,4 @@
-# Mask R-CNN, a thin ViTDet. 2,000 images / 64 = 31.25 iterations an epoch; 8 epochs = 250.
+# Mask R-CNN, a thin ViTDet. 2,000 images / 16 = 125 iterations an epoch; 6 epochs = 750.
 from detectron2.model_zoo import get_config
 
 from ..common.agvm import adamw, agvm, schedule, train
@@ -21,15 +21,15 @@ model.proposal_generator.in_features = levels
 model.proposal_generator.anchor_generator.update(sizes=[[14], [24], [40]], strides=[4, 8, 16])
 model.roi_heads.box_in_features = model.roi_heads.mask_in_features = levels
 model.roi_heads.box_pooler.scales = model.roi_heads.mask_pooler.scales = (1 / 4, 1 / 8, 1 / 16)
-optimizer = adamw(1e-3, 0.1, ["pos_embed"], layer_decay=0.9, num_layers=4)
-lr_multiplier = schedule(250, [205, 235], warmup=40)
+optimizer = adamw(2e-3, 0.1, ["pos_embed"], layer_decay=0.9, num_layers=4)
+lr_multiplier = schedule(750, [620, 710], warmup=60)
 
 train.device = "cpu"
 train.seed = 1
-train.micro_batch_size = 16
-train.max_iter = 250
+train.micro_batch_size = 8
+train.max_iter = 750
 train.eval_period = 0
 train.output_dir = "output/digits_vitdet"
-train.expected_results = [["segm", "AP", 20.0, 5.0]]
-agvm.start_iter = 60
+train.expected_results = [["segm", "AP", 20.0, 3.0]]
+agvm.start_iter = 100
 agvm.interval = 5

@@ -1,4 +1,4 @@
-# Cascade Mask R-CNN, a thin Swin. 2,000 images / 64 = 31.25 iterations an epoch; 8 epochs = 250.
+# Cascade Mask R-CNN, a thin Swin. 2,000 images / 16 = 125 iterations an epoch; 6 epochs = 750.
 from detectron2.config import LazyCall as L
 from detectron2.model_zoo import get_config
 from detectron2.modeling import SwinTransformer
@@ -16,15 +16,15 @@ model.backbone.bottom_up = L(SwinTransformer)(
 )
 model.backbone.in_features = ("p0", "p1", "p2", "p3")
 model.backbone.square_pad = 96
-optimizer = adamw(1e-3, 0.05, ["relative_position_bias_table"])
-lr_multiplier = schedule(250, [205, 235], warmup=40)
+optimizer = adamw(2e-3, 0.05, ["relative_position_bias_table"])
+lr_multiplier = schedule(750, [620, 710], warmup=60)
 
 train.device = "cpu"
 train.seed = 1
-train.micro_batch_size = 16
-train.max_iter = 250
+train.micro_batch_size = 8
+train.max_iter = 750
 train.eval_period = 0
 train.output_dir = "output/digits_swin"
-train.expected_results = [["segm", "AP", 20.0, 5.0]]
-agvm.start_iter = 60
+train.expected_results = [["segm", "AP", 20.0, 3.0]]
+agvm.start_iter = 100
 agvm.interval = 5

@@ -1,0 +1,263 @@
+"""Detectron2's training loader, with a place that a resumed run can go back to.
+
+The images of iteration i, and the random numbers of their augmentations, depend on the seed and i
+alone: not on how many loader processes there are, nor on when the run was interrupted.
+"""
+
+from __future__ import annotations
+import contextlib
+import copy
+import itertools
+import logging
+import random
+from collections.abc import Callable, Iterator
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+logger = logging.getLogger("detectron2.agvm_d2")
+
+ON_BAD_IMAGE = ("stop", "skip")
+SKIPPED = "agvm_d2.skipped"  # key of a sample that stands in for a bad one
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One 32-bit seed of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """In a loader's process nothing else draws random numbers; in the trainer's, put them back."""
+    own = get_worker_info() is None
+    states = (torch.get_rng_state(), np.random.get_state(), random.getstate()) if own else None
+    seed_everything(seed)
+    try:
+        yield
+    finally:
+        if states:
+            torch.set_rng_state(states[0])
+            np.random.set_state(states[1])
+            random.setstate(states[2])
+
+
+class BadImageError(ValueError):
+    """An image or its annotations cannot be read."""
+
+
+class _Images(Dataset):
+    """(place in the stream, index) -> the mapped image."""
+
+    def __init__(self, dicts, mapper: Callable, on_bad_image: str, wide: list[bool]):
+        self.dicts, self.mapper, self.on_bad_image, self.wide = dicts, mapper, on_bad_image, wide
+        self.seed, self.rank = 0, comm.get_rank()
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        place, index = key
+        with _seeded(mixed_seed(self.seed, 0, self.rank, place)):
+            skipped = []
+            for other in itertools.chain(range(index, len(self.dicts)), range(index)):
+                if self.wide[other] != self.wide[index]:  # it takes the place in the same batch
+                    continue
+                record = self.dicts[other]
+                try:
+                    sample = self.mapper(copy.deepcopy(record))
+                except Exception as error:
+                    name = record.get("file_name", f"number {other}")
+                    what = f"'{name}': {type(error).__name__}: {error}"
+                    if self.on_bad_image == "stop":
+                        raise BadImageError(
+                            f"The image {what}. Repair or remove it, or set "
+                            "DATALOADER.ON_BAD_IMAGE skip to train without such images."
+                        ) from error
+                    skipped.append(what)
+                    continue
+                if skipped:
+                    sample[SKIPPED] = skipped
+                return sample
+        raise BadImageError(f"No image can be read; the last: {skipped[-1]}.")
+
+
+class _Stream(Sampler):
+    """(place, index) from `start` batches on."""
+
+    def __init__(self, loader: TrainLoader):
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        loader = self.loader
+        stream = enumerate(iter(loader.make_sampler(loader.seed)))
+        size = loader.batch_size
+        if not loader.grouping:
+            return itertools.islice(stream, loader.start * size, None)
+        # What AspectRatioGroupedDataset did so far: what it still holds comes first.
+        held: tuple[list, list] = ([], [])
+        batches = 0
+        while batches < loader.start:
+            item = next(stream)
+            group = held[loader.wide[item[1]]]
+            group.append(item)
+            if len(group) == size:
+                group.clear()
+                batches += 1
+        return itertools.chain(*held, stream)
+
+
+class TrainLoader:
+    """Infinite batches, each a list of mapped dicts: `iter` starts with the batch of iteration
+    `start`.
+
+    Args:
+        dicts: Detectron2's dataset dicts.
+        mapper: dict -> dict, as `DatasetMapper`; may draw from torch, numpy and random.
+        batch_size: images of one worker in one iteration.
+        make_sampler: seed -> sampler of this worker's indices, such as `TrainingSampler`.
+        grouping: batches of images that are all wide or all not (DATALOADER.ASPECT_RATIO_GROUPING).
+        seed: the same in all workers.
+        on_bad_image: "stop", or "skip": take the next one, say which and how many.
+
+    Raises (on iteration):
+        BadImageError: names the file.
+    """
+
+    def __init__(
+        self,
+        dicts: list[dict],
+        mapper: Callable[[dict], dict],
+        batch_size: int,
+        make_sampler: Callable[[int], Sampler],
+        num_workers: int = 0,
+        grouping: bool = True,
+        seed: int = 0,
+        on_bad_image: str = "stop",
+    ):
+        self.wide = [d["width"] > d["height"] if grouping else False for d in dicts]
+        self.batch_size, self.grouping, self.make_sampler = batch_size, grouping, make_sampler
+        self.seed, self.start, self.skipped = seed, 0, 0
+        self._num_workers = num_workers
+        self._images = _Images(DatasetFromList(dicts, copy=False), mapper, on_bad_image, self.wide)
+
+    def seek(self, iteration: int, seed: int) -> None:
+        """The next `iter` starts with this iteration's batch."""
+        self.start, self.seed = iteration, seed
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        self._images.seed = self.seed
+        # Not batched here, so that the order does not depend on the number of processes.
+        images = DataLoader(
+            self._images,
+            sampler=_Stream(self),
+            batch_size=None,
+            num_workers=self._num_workers,
+            collate_fn=_as_is,
+            generator=torch.Generator(),  # or it draws a seed from the trainer's random numbers
+            prefetch_factor=max(2, self.batch_size) if self._num_workers else None,
+        )
+        if self.grouping:
+            batches = AspectRatioGroupedDataset(images, self.batch_size)
+        else:
+            batches = _in_batches(images, self.batch_size)
+        for batch in batches:
+            for sample in batch:
+                for what in sample.pop(SKIPPED, ()):
+                    self.skipped += 1
+                    logger.warning(f"Skipped image {self.skipped} of this worker so far: {what}")
+            yield batch
+
+
+class RandomState(HookBase):
+    """The same images and random numbers in an iteration, whether the run was resumed or not.
+
+    Args:
+        loader: the trainer's; None: one that cannot be brought back to a place.
+        seed: where there is no loader to take it from; the same in all workers.
+    """
+
+    def __init__(self, loader: TrainLoader | None, seed: int = 0):
+        self._loader = loader
+        self._seed = loader.seed if loader else seed
+
+    def before_train(self) -> None:
+        start = self.trainer.start_iter
+        if self._loader:
+            self._loader.seek(start, self._seed)
+        elif start:
+            logger.warning(
+                "This data loader cannot be brought back to where it was: the resumed run reads "
+                "images in a new order."
+            )
+
+    def before_step(self) -> None:
+        seed_everything(mixed_seed(self._seed, 1, comm.get_rank(), self.trainer.iter))
+
+    def state_dict(self) -> dict:
+        return {"seed": self._seed, "workers": comm.get_world_size()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._seed = state["seed"]
+        workers = comm.get_world_size()
+        if workers != state["workers"]:
+            logger.warning(
+                f"Resumed with {workers} workers, saved with {state['workers']}: the images of an "
+                "iteration are shared out anew; AGVM's factors go on."
+            )
+
+
+def _as_is(sample: dict) -> dict:
+    return sample
+
+
+def _in_batches(images, size: int) -> Iterator[list[dict]]:
+    images = iter(images)
+    while True:
+        yield list(itertools.islice(images, size))
+
+
+def build_train_loader(cfg: CfgNode) -> TrainLoader | None:
+    """Detectron2's training loader as the config describes it; None for a sampler that has no seed
+    to start from again.
+
+    Raises:
+        ValueError: DATALOADER.ON_BAD_IMAGE.
+    """
+    data = cfg.DATALOADER
+    if data.SAMPLER_TRAIN not in ("TrainingSampler", "RepeatFactorTrainingSampler"):
+        return None
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+    dicts = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=data.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=keypoints,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+
+    def make_sampler(seed: int) -> Sampler:
+        if data.SAMPLER_TRAIN == "TrainingSampler":
+            return TrainingSampler(len(dicts), seed=seed)
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dicts, data.REPEAT_THRESHOLD
+        )
+        return RepeatFactorTrainingSampler(factors, seed=seed)
+
+    return TrainLoader(
+        dicts,
+        DatasetMapper(cfg, is_train=True),
+        cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
+        make_sampler,
+        data.NUM_WORKERS,
+        data.ASPECT_RATIO_GROUPING,
+        cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+        data.ON_BAD_IMAGE,
+    )

@@ -1,0 +1,144 @@
+"""40 iterations at once, and 20, a resume and 20, give the same bits: weights, optimizer, factors,
+losses."""
+
+import os
+import shutil
+import pytest
+import torch
+from detectron2.engine import HookBase
+from toy import toy_config
+
+import agvm_d2.data  # noqa: F401
+from agvm_d2 import AGVMTrainer
+
+BASE = os.path.join(os.path.dirname(__file__), "../configs/Base-RCNN-FPN-Digits.yaml")
+INTERVAL = 4
+
+
+def config(output_dir, **options):
+    cfg = toy_config(output_dir)
+    cfg.merge_from_file(BASE)
+    cfg.OUTPUT_DIR = str(output_dir)
+    cfg.SOLVER.IMS_PER_BATCH = 4
+    cfg.SOLVER.MICRO_BATCH_SIZE = 0
+    cfg.SOLVER.BASE_LR = 0.002
+    cfg.SOLVER.MAX_ITER = 40
+    cfg.SOLVER.STEPS = (30,)
+    cfg.SOLVER.WARMUP_ITERS = 5
+    cfg.DATASETS.TEST = ()
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.AGVM.START_ITER = 6
+    cfg.AGVM.INTERVAL = INTERVAL
+    cfg.merge_from_list([x for k, v in options.items() for x in (k.replace("__", "."), v)])
+    return cfg
+
+
+class Losses(HookBase):
+    def __init__(self):
+        self.values = {}
+
+    def after_step(self):
+        history = self.trainer.storage.histories()
+        if "total_loss" in history:  # on the main process
+            self.values[self.trainer.iter] = history["total_loss"].latest()
+
+
+class Trainer(AGVMTrainer):
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        raise NotImplementedError
+
+
+def train(output_dir, options) -> dict:
+    """In a worker or here; the loss of each iteration."""
+    trainer = Trainer(config(output_dir, **options))
+    losses = Losses()
+    trainer.register_hooks([losses])
+    trainer.resume_or_load(resume=True)
+    trainer.train()
+    return losses.values
+
+
+def resumed_at(iteration, straight, folder) -> str:
+    """An output folder as it was when `iteration` was done."""
+    folder.mkdir(parents=True)
+    name = f"model_{iteration:07d}.pth"
+    shutil.copy(straight / name, folder / name)
+    (folder / "last_checkpoint").write_text(name)
+    return folder
+
+
+def same(one, other, path="checkpoint"):
+    assert type(one) is type(other), path
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), path
+        for i, (a, b) in enumerate(zip(one, other)):
+            same(a, b, f"{path}[{i}]")
+    else:
+        assert one == other, path
+
+
+def check(run, options, tmp_path, iterations):
+    straight = tmp_path / "straight"
+    period = iterations[0] + 1 if len(iterations) == 1 else 1
+    losses = run(straight, {**options, "SOLVER__CHECKPOINT_PERIOD": period})
+    assert len(losses) == 40 and len(set(losses.values())) == 40
+    whole = torch.load(straight / "model_final.pth", weights_only=True)
+    factors = whole["trainer"]["hooks"]["AGVMHook"]["factors"]
+    assert sum(f != 1 for f in factors) == 3
+    for iteration in iterations:
+        folder = resumed_at(iteration, straight, tmp_path / f"from{iteration}")
+        # With another number of loader processes: the order must not depend on it.
+        again = run(folder, {**options, "DATALOADER__NUM_WORKERS": 2})
+        assert again == {i: loss for i, loss in losses.items() if i > iteration}
+        same(whole, torch.load(folder / "model_final.pth", weights_only=True))
+
+
+ONE = {"SOLVER__MICRO_BATCH_SIZE": 2}
+ADAMW = {"SOLVER__OPTIMIZER": "ADAMW", "SOLVER__WEIGHT_DECAY": 0.05}
+every_offset = pytest.param(range(19, 19 + INTERVAL), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("iterations", [[19], every_offset])
+@pytest.mark.parametrize("options", [{}, ADAMW], ids=["sgd", "adamw"])
+def test_one_process_with_micro_batches(options, iterations, digits, tmp_path):
+    check(train, {**ONE, **options}, tmp_path, iterations)
+
+
+@pytest.mark.parametrize("iterations", [[20], every_offset])
+@pytest.mark.parametrize("options", [{}, ADAMW], ids=["sgd", "adamw"])
+def test_two_workers(options, iterations, digits, workers, tmp_path):
+    def run(folder, options):
+        return workers(2).run(train, folder, options)[0]
+
+    check(run, options, tmp_path, iterations)
+
+
+def test_without_a_seed_the_drawn_one_is_kept(digits, tmp_path):
+    check(train, {**ONE, "SEED": -1}, tmp_path, [19])
+
+
+def test_another_number_of_workers_goes_on_with_the_factors(digits, workers, tmp_path, d2_log):
+    straight = tmp_path / "two"
+    options = {"SOLVER__CHECKPOINT_PERIOD": 20}
+    workers(2).run(train, straight, options)
+    folder = resumed_at(19, straight, tmp_path / "one")
+    before = torch.load(straight / "model_0000019.pth", weights_only=True)
+    found = []
+
+    class Look(Trainer):
+        def before_train(self):
+            super().before_train()
+            found.extend(self.state_dict()["hooks"]["AGVMHook"]["factors"])
+
+    trainer = Look(config(folder, **ONE))
+    trainer.resume_or_load(resume=True)
+    trainer.train()
+    assert found == before["trainer"]["hooks"]["AGVMHook"]["factors"] and found[1] != 1
+    assert "Resumed with 1 workers, saved with 2: " in d2_log.text
