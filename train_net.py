@@ -6,17 +6,16 @@ from __future__ import annotations
 import os
 import sys
 import torch
-import yaml
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg, instantiate
+from detectron2.config import CfgNode, instantiate
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from omegaconf import DictConfig
 
 import agvm_d2.data  # noqa: F401  registers the bundled datasets
-from agvm_d2 import AGVMTrainer, add_agvm_config, lazy
-from agvm_d2.config import check_config, check_datasets
+from agvm_d2 import AGVMTrainer, lazy
+from agvm_d2.config import check_config, check_datasets, check_names, read_config
 from agvm_d2.launch import detect, launch
 
 
@@ -26,8 +25,6 @@ def setup(args) -> CfgNode | DictConfig:
     Raises:
         ValueError, KeyError, OSError: names the config key or path, and what to do.
     """
-    if not os.path.isfile(args.config_file):
-        raise FileNotFoundError(f"--config-file: '{args.config_file}' is not a file")
     num_workers = args.num_gpus * args.num_machines
     if args.config_file.endswith(".py"):
         cfg = lazy.load(args.config_file, args.opts)
@@ -36,18 +33,13 @@ def setup(args) -> CfgNode | DictConfig:
         keys = ("train.init_checkpoint", "train.output_dir", "train.device")
         values = (cfg.train.init_checkpoint, cfg.train.output_dir, cfg.train.device)
     else:
-        cfg = get_cfg()
-        add_agvm_config(cfg)
-        try:
-            cfg.merge_from_file(args.config_file)
-            cfg.merge_from_list(args.opts)
-        except AssertionError as error:  # how yacs says that a key on the command line is unknown
-            raise ValueError(f"config: {error}") from None
-        except yaml.YAMLError as error:
-            raise ValueError(f"--config-file: '{args.config_file}' is not YAML: {error}") from None
+        cfg = read_config(args.config_file, args.opts)
         cfg.freeze()
         check_config(AGVMTrainer.auto_scale_workers(cfg, num_workers), num_workers)
+        check_names(cfg)
         sets = cfg.DATASETS
+        if not sets.TRAIN and not args.eval_only:
+            raise ValueError("DATASETS.TRAIN: found (), but it must name at least one dataset.")
         check_datasets(sets.TEST if args.eval_only else sets.TRAIN + sets.TEST)
         keys = ("MODEL.WEIGHTS", "OUTPUT_DIR", "MODEL.DEVICE")
         values = (cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE)

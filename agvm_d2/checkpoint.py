@@ -20,10 +20,17 @@ class SafeCheckpointer(DetectionCheckpointer):
         """
         Raises:
             OSError: the disk is full or cannot be written; nothing older is touched.
+            FloatingPointError: the model holds NaN or inf; a run could not go on from it.
         """
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}
+        for key, value in self.model.named_parameters():  # a buffer may hold -inf, as a mask
+            if not value.isfinite().all():
+                raise FloatingPointError(
+                    f"'{key}' of the model holds NaN or inf: checkpoint {name} is not written. The "
+                    f"last whole one is {self.get_checkpoint_file() or 'none yet'}."
+                )
         data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
         data.update(kwargs)
         basename = f"{name}.pth"

@@ -1,12 +1,17 @@
 """Every config key of this package, and the checks that name a bad one."""
 
 from __future__ import annotations
+import functools
+import math
 import os
 import re
 from collections.abc import Callable
 import torch
+import yaml
 from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 MODES = ("modulate", "monitor")
 ESTIMATORS = ("pairwise", "split")
@@ -56,6 +61,39 @@ def add_agvm_config(cfg: CN) -> None:
     # SOLVER.WARMUP_METHOD may also be "exp": the learning rate grows by a constant factor.
 
 
+TYPE_MISMATCH = re.compile(
+    r"Type mismatch \(<class '(.*?)'> vs\. <class '(.*?)'>\) .* vs\. (.*)\) for config key: (\S+)",
+    re.DOTALL,
+)
+
+
+def read_config(path: str, opts: list[str]) -> CN:
+    """Detectron2's config with this package's keys, the file and then `opts`, KEY VALUE pairs.
+
+    Raises:
+        ValueError, KeyError, OSError: names the file or key.
+    """
+    cfg = get_cfg()
+    add_agvm_config(cfg)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"--config-file: '{path}' is not a file")
+    try:
+        cfg.merge_from_file(path)
+        cfg.merge_from_list(opts)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config-file: '{path}' is not YAML: {error}") from None
+    except (AssertionError, ValueError) as error:  # an unknown key or a wrong type, in yacs' words
+        mismatch = TYPE_MISMATCH.search(str(error))
+        if mismatch:
+            wanted, found, value, key = mismatch.groups()
+            wanted = "a group of keys" if wanted.endswith("CfgNode") else f"of type {wanted}"
+            raise ValueError(
+                f"{key}: found {value} of type {found}, but it must be {wanted}."
+            ) from None
+        raise ValueError(f"config: {error}") from None
+    return cfg
+
+
 def one_of(key: str, value, allowed) -> None:
     if value not in allowed:
         raise ValueError(f"{key}: found {value!r}, but it must be one of {', '.join(allowed)}.")
@@ -64,6 +102,13 @@ def one_of(key: str, value, allowed) -> None:
 def _check(ok: bool, key: str, value, need: str) -> None:
     if not ok:
         raise ValueError(f"{key}: found {value!r}, but {need}.")
+
+
+def _holds(condition: Callable, value) -> bool:
+    try:
+        return bool(condition(value))
+    except TypeError:  # not even comparable
+        return False
 
 
 def _is_number(*values) -> bool:
@@ -127,7 +172,7 @@ def check_agvm(values: dict, key: Callable[[str], str]) -> None:
 
     def check(name: str, ok: Callable, need: str) -> None:
         if name in values:
-            _check(ok(values[name]), key(name), values[name], need)
+            _check(_holds(ok, values[name]), key(name), values[name], need)
 
     if "mode" in values:
         one_of(key("mode"), values["mode"], MODES)
@@ -161,6 +206,51 @@ def check_agvm(values: dict, key: Callable[[str], str]) -> None:
             ) from None
 
 
+# key -> (what holds of a good value, in words).
+RANGES: dict[str, tuple[Callable, str]] = {
+    "SOLVER.MAX_ITER": (lambda v: v >= 1, "it must be at least 1"),
+    "SOLVER.BASE_LR": (lambda v: 0 < v < math.inf, "it must be positive"),
+    "SOLVER.MOMENTUM": (lambda v: 0 <= v < 1, "it must be in [0, 1)"),
+    "SOLVER.WEIGHT_DECAY": (lambda v: 0 <= v < math.inf, "it must not be negative"),
+    "SOLVER.GAMMA": (lambda v: 0 < v <= 1, "it must be in (0, 1]"),
+    "SOLVER.STEPS": (
+        lambda v: all(map(_is_int, v)) and list(v) == sorted(set(v)) and min(v, default=1) > 0,
+        "it must be iterations in increasing order",
+    ),
+    "SOLVER.WARMUP_ITERS": (lambda v: v >= 0, "it must not be negative"),
+    "SOLVER.WARMUP_FACTOR": (lambda v: 0 < v <= 1, "it must be in (0, 1]"),
+    "SOLVER.CHECKPOINT_PERIOD": (lambda v: v >= 1, "it must be at least 1"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": (lambda v: 0 < v < math.inf, "it must be positive"),
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": (lambda v: v > 0, "it must be positive"),
+    "DATALOADER.NUM_WORKERS": (lambda v: v >= 0, "it must not be negative"),
+    "TEST.EVAL_PERIOD": (lambda v: v >= 0, "it must not be negative"),
+}
+SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
+SAMPLERS = (
+    "TrainingSampler",
+    "RepeatFactorTrainingSampler",
+    "RandomSubsetTrainingSampler",
+    "WeightedTrainingSampler",
+    "WeightedCategoryTrainingSampler",
+)
+
+
+def check_names(cfg: CN) -> None:
+    """What Detectron2 itself has a closed list of; a project may have more.
+
+    Raises:
+        ValueError: names the key, what was found and what it must be.
+    """
+    model = cfg.MODEL
+    for key, name, registry in (
+        ("MODEL.META_ARCHITECTURE", model.META_ARCHITECTURE, META_ARCH_REGISTRY),
+        ("MODEL.BACKBONE.NAME", model.BACKBONE.NAME, BACKBONE_REGISTRY),
+    ):
+        one_of(key, name, [name for name, _ in registry])
+    one_of("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, SCHEDULERS)
+    one_of("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, SAMPLERS)
+
+
 def check_config(cfg: CN, num_workers: int) -> None:
     """
     Raises:
@@ -168,6 +258,9 @@ def check_config(cfg: CN, num_workers: int) -> None:
     """
     if "AGVM" not in cfg:
         raise ValueError("The config has no AGVM keys: call add_agvm_config(cfg) after get_cfg().")
+    for key, (holds, need) in RANGES.items():
+        value = functools.reduce(getattr, key.split("."), cfg)
+        _check(_holds(holds, value), key, value, need)
     solver = cfg.SOLVER
     check_agvm({k.lower(): v for k, v in cfg.AGVM.items()}, lambda name: f"AGVM.{name.upper()}")
     one_of("SOLVER.OPTIMIZER", solver.OPTIMIZER, OPTIMIZERS)
@@ -178,7 +271,7 @@ def check_config(cfg: CN, num_workers: int) -> None:
     one_of("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip.CLIP_TYPE, CLIP_TYPES)
     window = tuple(clip.ITER_RANGE)
     _check(
-        not window or (len(window) == 2 and _is_number(*window) and window[0] < window[1]),
+        not window or (len(window) == 2 and all(map(_is_int, window)) and window[0] < window[1]),
         "SOLVER.CLIP_GRADIENTS.ITER_RANGE",
         window,
         "it must be () or two iterations (first, last) with first < last",
@@ -191,8 +284,12 @@ def check_config(cfg: CN, num_workers: int) -> None:
 def check_device(key: str, device: str) -> None:
     """
     Raises:
-        ValueError: CUDA, and there is none.
+        ValueError: no such device, or CUDA, and there is none.
     """
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{key}: found {device!r}, but it must be cpu, cuda or cuda:N.") from None
     assign = "=" if key.islower() else " "  # LazyConfig's overrides, or yacs'
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
@@ -217,6 +314,7 @@ def check_datasets(names) -> None:
     """
     for name in names:
         if name not in DatasetCatalog.list():
+            name = str(name)
             near = [n for n in DatasetCatalog.list() if n.split("_")[0] == name.split("_")[0]]
             raise ValueError(
                 f"DATASETS: '{name}' is not a registered dataset. Registered ones that look alike: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 import os
 import re
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from detectron2.engine import launch as d2_launch
 from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 
 class Worker(NamedTuple):
@@ -84,17 +86,34 @@ def first_host(nodelist: str) -> str:
     return "".join(part or "" for part in match.groups())
 
 
+def _ended(how: str) -> str:
+    return (
+        f"error: {how}; the other workers were stopped. The last checkpoint is whole: the same "
+        "command with --resume goes on from it."
+    )
+
+
 def launch(main: Callable, args: Namespace, worker: Worker | None) -> None:
-    """Run `main(args)` in every worker; `worker` is what `detect` returned."""
+    """Run `main(args)` in every worker; `worker` is what `detect` returned.
+
+    Raises:
+        SystemExit: a worker failed or was killed; the others are stopped.
+    """
     if worker is None:
-        d2_launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+        try:
+            d2_launch(
+                main,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args,),
+            )
+        except ProcessRaisedException as error:
+            sys.exit(f"{error}\n{_ended(f'worker {error.error_index} failed, see above')}")
+        except ProcessExitedException as error:
+            how = error.signal_name or f"exit code {error.exit_code}"
+            sys.exit(_ended(f"worker {error.error_index} ended by {how}"))
         return
     cuda = torch.cuda.is_available()
     if cuda:

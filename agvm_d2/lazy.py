@@ -34,6 +34,8 @@ def load(path: str, overrides: list[str]) -> DictConfig:
     Raises:
         ValueError: a config that does not load, or an override that does not fit it.
     """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"--config-file: '{path}' is not a file")
     try:
         cfg = LazyConfig.load(path)
     except Exception as error:  # the file is code: anything

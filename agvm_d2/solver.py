@@ -116,9 +116,57 @@ def prepare_optimizer(
     """What this package asks of any optimizer: SOLVER.ON_NONFINITE, and groups of one module."""
     if cfg.SOLVER.ON_NONFINITE == "skip":
         skip_nonfinite_steps(optimizer)
+    whole = [list(group["params"]) for group in optimizer.param_groups]
     if cfg.AGVM.ENABLED:
         split_param_groups(optimizer, model, cfg.AGVM.MODULES)
+    optimizer.register_load_state_dict_pre_hook(
+        lambda optimizer, state: _fit_state(optimizer, state, whole)
+    )
     return optimizer
+
+
+def _fit_state(
+    optimizer: torch.optim.Optimizer, state: dict, whole: list[list[nn.Parameter]]
+) -> dict:
+    """A saved optimizer state for the groups of `optimizer`, also where it was saved without AGVM.
+
+    Args:
+        whole: the groups before they were split.
+
+    Raises:
+        ValueError: a state of other groups, or of another optimizer.
+    """
+    groups, saved = optimizer.param_groups, state["param_groups"]
+    missing = set(optimizer.defaults) - {"foreach", "fused", "capturable", "differentiable"}
+    missing = {key for key in missing if key not in saved[0]}
+    if missing - {"maximize", "decoupled_weight_decay"}:  # newer torch's have more
+        raise ValueError(
+            f"The checkpoint is of another optimizer than {type(optimizer).__name__}: it lacks "
+            f"{', '.join(sorted(missing))}. Resume with the SOLVER.OPTIMIZER it was trained with, "
+            "or start from its weights: MODEL.WEIGHTS, without --resume."
+        )
+    sizes = [len(group["params"]) for group in saved]
+    if sizes == [len(group["params"]) for group in groups]:
+        return state
+    if sizes != [len(params) for params in whole]:
+        raise ValueError(
+            f"The checkpoint's optimizer has {len(saved)} param groups of {sizes} parameters; this "
+            f"one has {len(groups)}. With other AGVM.MODULES, or AGVM.ENABLED False after True, "
+            'keep them as they were and set AGVM.MODE "monitor" to train without the factors; or '
+            "start from its weights: MODEL.WEIGHTS, without --resume."
+        )
+    # Saved without AGVM: the same parameters in the same groups, not yet split.
+    index, group_of = {}, {}
+    for group, params in zip(saved, whole, strict=True):
+        index.update(zip(params, group["params"], strict=True))
+        group_of.update(dict.fromkeys(params, group))
+    return {
+        **state,
+        "param_groups": [
+            {**group_of[group["params"][0]], "params": [index[p] for p in group["params"]]}
+            for group in groups
+        ],
+    }
 
 
 def split_param_groups(

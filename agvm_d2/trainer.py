@@ -227,6 +227,14 @@ class AGVMTrainerMixin:
             )
         return built
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        # A checkpoint saved without AGVM has fewer learning rates: one for each group unsplit.
+        groups = self._trainer.optimizer.param_groups
+        if hasattr(self.scheduler, "base_lrs") and len(self.scheduler.base_lrs) != len(groups):
+            self.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            self.scheduler._last_lr = [group["lr"] for group in groups]
+
     def _seed(self) -> int:
         return self.cfg.SEED if self.cfg.SEED >= 0 else comm.shared_random_seed()
 

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode, get_cfg, instantiate
+from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
@@ -23,7 +23,7 @@ from torch import nn
 import agvm_d2.data  # noqa: F401  registers the bundled datasets
 
 from . import lazy
-from .config import add_agvm_config, check_datasets, check_device
+from .config import check_datasets, check_device, read_config
 
 SIDE = 480  # pixels of the shorter side of a drawn image, at least
 
@@ -60,10 +60,7 @@ def load(config_file: str, opts: list[str]) -> tuple[nn.Module, Callable, str]:
         names, device = lazy.dataset_names(cfg, eval_only=True), cfg.train.device
         keys, weights = ("train.init_checkpoint", "train.device"), cfg.train.init_checkpoint
     else:
-        cfg = get_cfg()
-        add_agvm_config(cfg)
-        cfg.merge_from_file(config_file)
-        cfg.merge_from_list(opts)
+        cfg = read_config(config_file, opts)
         names, device = cfg.DATASETS.TEST, cfg.MODEL.DEVICE
         keys, weights = ("MODEL.WEIGHTS", "MODEL.DEVICE"), cfg.MODEL.WEIGHTS
     if not names:
@@ -124,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         loaded = load(args.config_file, args.opts)
         print(visualize(*loaded, args.out, args.num, args.threshold))
-    except (AssertionError, ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError) as error:
         sys.exit(f"agvm_d2.visualize: error: {error}")
 
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import pytest
 import reference
 import torch
@@ -388,6 +389,68 @@ def test_resume_with_other_modules_says_which_and_keeps_the_checkpoint(tmp_path)
         train(toy_config(tmp_path, AGVM__MODULES=rules, **MICRO), resume=True)
     assert {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.pth")} == before
     train(toy_config(tmp_path, SOLVER__MAX_ITER=12, **MICRO), resume=True)
+
+
+class StockToyTrainer(DefaultTrainer):
+    """Detectron2's trainer, optimizer and checkpoints."""
+
+    build_model = ToyTrainer.build_model
+    build_train_loader = ToyTrainer.build_train_loader
+
+
+def at_iteration_5(source, folder):
+    folder.mkdir()
+    shutil.copy(source / "model_0000004.pth", folder / "model_0000004.pth")
+    (folder / "last_checkpoint").write_text("model_0000004.pth")
+    return folder
+
+
+STOCK = {
+    "SOLVER__CHECKPOINT_PERIOD": 5,
+    "SOLVER__STEPS": (7,),
+    "SOLVER__BIAS_LR_FACTOR": 2.0,  # two param groups, of two learning rates
+    "SOLVER__WEIGHT_DECAY_BIAS": 0.0,
+}
+
+
+@pytest.mark.parametrize("mode", ["monitor", "modulate"])
+def test_a_stock_checkpoint_resumed_into_agvm(tmp_path, mode):
+    train(toy_config(tmp_path / "stock", **STOCK), StockToyTrainer)
+    plain = at_iteration_5(tmp_path / "stock", tmp_path / "plain")
+    stock = train(toy_config(plain, **STOCK), StockToyTrainer, resume=True)
+    assert stock.start_iter == 5
+
+    options = {**STOCK, **MICRO, "AGVM__MODE": mode, "AGVM__START_ITER": 5}
+    agvm = at_iteration_5(tmp_path / "stock", tmp_path / "agvm")
+    trainer = ToyTrainer(toy_config(agvm, **options))
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 5 and len(trainer.optimizer.param_groups) == 8
+    momentum = torch.load(plain / "model_0000004.pth", weights_only=True)
+    momentum = momentum["trainer"]["_trainer"]["optimizer"]["state"]
+    saved = sorted(float(s["momentum_buffer"].sum()) for s in momentum.values())
+    found = sorted(float(s["momentum_buffer"].sum()) for s in trainer.optimizer.state.values())
+    assert found == saved
+    trainer.train()
+    lrs = {round(g["lr"], 7) for g in trainer.optimizer.param_groups}
+    assert lrs == {round(g["lr"], 7) for g in stock.optimizer.param_groups} == {0.005, 0.01}
+    found = weights_of(trainer)
+    for name, value in weights_of(stock).items():
+        close = torch.allclose(
+            value, found[name], rtol=1e-4
+        )  # one batch against micro-batches: not the bits
+        assert close or mode == "modulate"
+
+
+def test_agvm_switched_off_at_resume_says_what_to_do(tmp_path):
+    train(toy_config(tmp_path, **MICRO))
+    with pytest.raises(ValueError, match='has 4 param groups .*set AGVM.MODE "monitor"'):
+        train(toy_config(tmp_path, AGVM__ENABLED=False, **MICRO), resume=True)
+
+
+def test_another_optimizer_at_resume_is_named(tmp_path):
+    train(toy_config(tmp_path, **MICRO))
+    with pytest.raises(ValueError, match="another optimizer than AdamW: it lacks .*betas"):
+        train(toy_config(tmp_path, SOLVER__OPTIMIZER="ADAMW", **MICRO), resume=True)
 
 
 # Scalars

@@ -1,0 +1,93 @@
+import os
+import pickle
+import numpy as np
+import pytest
+import torch
+from toy import ToyDetector
+
+from agvm_d2.checkpoint import SafeCheckpointer
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpointer with one whole checkpoint."""
+    checkpointer = SafeCheckpointer(ToyDetector(), str(tmp_path))
+    checkpointer.save("model_0", iteration=0)
+    return checkpointer
+
+
+def whole(folder) -> dict:
+    name = (folder / "last_checkpoint").read_text()
+    return torch.load(folder / name, weights_only=True)
+
+
+def test_save_and_load(saved, tmp_path):
+    other = SafeCheckpointer(ToyDetector(seed=1), str(tmp_path))
+    assert other.resume_or_load("", resume=True)["iteration"] == 0
+    for a, b in zip(saved.model.parameters(), other.model.parameters()):
+        assert torch.equal(a, b)
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0.pth"]
+
+
+def test_a_failed_write_keeps_the_last_one(saved, tmp_path, monkeypatch):
+    def full(data, f):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="model_1.pth' cannot be written .*No space.*model_0.pth"):
+        saved.save("model_1")
+    assert whole(tmp_path)["iteration"] == 0
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0.pth"]
+
+
+def test_a_full_disk():
+    """/dev/full answers each write as a full disk does."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    with open("/dev/full", "wb", buffering=0) as f:
+        with pytest.raises((OSError, RuntimeError)):  # what _write catches
+            torch.save({"model": torch.zeros(10**6)}, f)
+
+
+def test_weights_with_nan_are_not_saved(saved, tmp_path):
+    with torch.no_grad():
+        saved.model.proposal_generator.bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="'proposal_generator.bias' .*model_0.pth"):
+        saved.save("model_1")
+    assert whole(tmp_path)["iteration"] == 0
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pkl"])
+def test_nothing_that_could_run_code_is_loaded(tmp_path, suffix, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"evil.{suffix}"
+    if suffix == "pth":
+        torch.save({"model": {}, "evil": Evil()}, path)
+    else:
+        path.write_bytes(pickle.dumps({"model": {}, "__author__": "x", "evil": Evil()}))
+    with pytest.raises((ValueError, pickle.UnpicklingError), match="mkdir|tensors and plain"):
+        SafeCheckpointer(ToyDetector()).load(str(path))
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_the_model_zoos_pickles_are_loaded(tmp_path, protocol):
+    model = ToyDetector()
+    arrays = {k: v.numpy() + 1 for k, v in model.state_dict().items()}
+    data = {"model": arrays, "__author__": "Someone", "scale": np.float32(2.0)}
+    (tmp_path / "m.pkl").write_bytes(pickle.dumps(data, protocol=protocol))
+    SafeCheckpointer(model).load(str(tmp_path / "m.pkl"))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, torch.from_numpy(arrays[key]))
+
+
+def test_a_torn_file_is_named(tmp_path):
+    (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04 torn")
+    with pytest.raises(ValueError, match="torn.pth' cannot be read"):
+        SafeCheckpointer(ToyDetector()).load(str(tmp_path / "torn.pth"))

@@ -1,0 +1,125 @@
+import itertools
+import pytest
+import torch
+from detectron2.data.samplers import TrainingSampler
+from toy import toy_config
+
+from agvm_d2.loader import BadImageError, TrainLoader, build_train_loader
+
+
+def dicts(num=10):
+    """Wide and not, by turns."""
+    return [
+        {"file_name": f"{i}.png", "width": 2 + i % 2, "height": 2, "number": i} for i in range(num)
+    ]
+
+
+def mapper(record):
+    record["drawn"] = float(torch.rand(()))
+    return record
+
+
+def make(num_workers=0, grouping=True, batch=3, mapper=mapper, **options):
+    return TrainLoader(
+        dicts(),
+        mapper,
+        batch,
+        lambda seed: TrainingSampler(10, seed=seed),
+        num_workers,
+        grouping,
+        seed=5,
+        **options,
+    )
+
+
+def first(loader, num):
+    batches = itertools.islice(iter(loader), num)
+    return [[(d["number"], d["drawn"]) for d in batch] for batch in batches]
+
+
+@pytest.mark.parametrize("grouping", [False, True])
+def test_any_place_can_be_gone_back_to(grouping):
+    whole = first(make(grouping=grouping), 30)
+    assert len({x for batch in whole for x in batch}) == 90  # each image is augmented anew
+    for start in range(20):
+        loader = make(grouping=grouping)
+        loader.seek(start, 5)
+        assert first(loader, 10) == whole[start : start + 10]
+
+
+@pytest.mark.parametrize("grouping", [False, True])
+def test_the_number_of_processes_changes_nothing(grouping):
+    assert first(make(2, grouping), 8) == first(make(0, grouping), 8)
+
+
+def test_grouping_keeps_wide_images_together_and_an_epoch_whole():
+    for batch in first(make(), 20):
+        assert len({number % 2 for number, _ in batch}) == 1
+    plain = [number for batch in first(make(grouping=False, batch=5), 2) for number, _ in batch]
+    assert sorted(plain) == list(range(10))
+
+
+def test_the_trainers_random_numbers_are_left_alone():
+    torch.manual_seed(3)
+    wanted = torch.rand(4)
+    torch.manual_seed(3)
+    first(make(), 3)
+    assert torch.equal(torch.rand(4), wanted)
+
+
+def bad_at_4(record):
+    if record["number"] == 4:
+        raise OSError("image file is truncated")
+    return mapper(record)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bad_image_stops_and_is_named(num_workers):
+    message = "The image '4.png': OSError: image file is truncated.*ON_BAD_IMAGE skip"
+    with pytest.raises(BadImageError, match=message):
+        first(make(num_workers, mapper=bad_at_4), 10)
+
+
+def test_a_bad_image_is_skipped_named_and_counted(d2_log):
+    loader = make(mapper=bad_at_4, on_bad_image="skip")
+    found = [number for batch in first(loader, 10) for number, _ in batch]
+    assert 4 not in found and len(found) == 30
+    assert loader.skipped == found.count(6) - sum(n == 6 for n, _ in sum(first(make(), 10), []))
+    assert f"Skipped image {loader.skipped} of this worker so far: '4.png': OSError" in d2_log.text
+    # And the batches are those of the other loader, so that a resumed run is exact.
+    again = make(mapper=bad_at_4, on_bad_image="skip")
+    again.seek(4, 5)
+    assert first(again, 3) == first(make(mapper=bad_at_4, on_bad_image="skip"), 7)[4:]
+
+
+def test_nothing_but_bad_images_is_an_error():
+    def bad(record):
+        raise ValueError("empty")
+
+    with pytest.raises(BadImageError, match="No image can be read"):
+        first(make(mapper=bad, on_bad_image="skip"), 1)
+
+
+def test_other_samplers_are_detectron2s(tmp_path):
+    cfg = toy_config(tmp_path, DATALOADER__SAMPLER_TRAIN="RandomSubsetTrainingSampler")
+    assert build_train_loader(cfg) is None
+
+
+@pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
+def test_from_a_config(digits, tmp_path, sampler):
+    import agvm_d2.data  # noqa: F401
+
+    cfg = toy_config(
+        tmp_path,
+        DATASETS__TRAIN=("digits_train",),
+        DATALOADER__SAMPLER_TRAIN=sampler,
+        DATALOADER__REPEAT_THRESHOLD=0.5,
+        DATALOADER__NUM_WORKERS=0,
+        SEED=3,
+        SOLVER__IMS_PER_BATCH=4,
+    )
+    names = [
+        [[d["file_name"] for d in b] for b in itertools.islice(iter(loader), 5)]
+        for loader in (build_train_loader(cfg), build_train_loader(cfg))
+    ]
+    assert names[0] == names[1] and len(names[0][0]) == 4
