@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import sys
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, instantiate
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
@@ -15,6 +14,7 @@ from omegaconf import DictConfig
 
 import agvm_d2.data  # noqa: F401  registers the bundled datasets
 from agvm_d2 import AGVMTrainer, lazy
+from agvm_d2.checkpoint import SafeCheckpointer
 from agvm_d2.config import check_config, check_datasets, check_names, read_config
 from agvm_d2.launch import detect, launch
 
@@ -71,7 +71,7 @@ def main(args):
         return lazy_main(args, cfg)
     if args.eval_only:
         model = AGVMTrainer.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+        SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         results = AGVMTrainer.test(cfg, model)
@@ -87,7 +87,7 @@ def lazy_main(args, cfg: DictConfig):
     if not args.eval_only:
         return lazy.do_train(cfg, args.resume)
     model = instantiate(cfg.model).to(cfg.train.device)
-    DetectionCheckpointer(model, cfg.train.output_dir).resume_or_load(
+    SafeCheckpointer(model, cfg.train.output_dir).resume_or_load(
         cfg.train.init_checkpoint, resume=args.resume
     )
     results = lazy.do_test(cfg, model)

@@ -6,22 +6,31 @@ Beside Detectron2's keys a config has
     train.micro_batch_size  images of one forward and backward pass on one worker; 0: all at once
     train.clip_gradients    dict of `clip_gradients`' arguments; none: no clipping
     train.expected_results  as TEST.EXPECTED_RESULTS
+    train.on_nonfinite      "stop" or "skip", as SOLVER.ON_NONFINITE
+    train.on_bad_image      as DATALOADER.ON_BAD_IMAGE
+
+A `dataloader.train` of Detectron2's `build_detection_train_loader`, without a sampler of its own,
+becomes a `TrainLoader`, which a resumed run brings back to its place.
 """
 
 from __future__ import annotations
 import inspect
 import os
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, LazyConfig, instantiate
+from detectron2.data import build_detection_train_loader
+from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import AMPTrainer, SimpleTrainer, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format, verify_results
 from detectron2.utils import comm
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .config import check_agvm, check_amp, check_device, split_batch
+from .checkpoint import SafeCheckpointer
+from .config import STOP_OR_SKIP, check_agvm, check_amp, check_device, one_of, split_batch
 from .hook import AGVMHook
-from .solver import clip_gradients, split_param_groups
+from .loader import RandomState, TrainLoader
+from .solver import clip_gradients, prepare_optimizer
 from .trainer import create_ddp_model, in_micro_batches
 
 # Arguments that are not settings.
@@ -84,6 +93,8 @@ def check(cfg: DictConfig, num_workers: int) -> None:
                 )
     check_agvm(OmegaConf.to_container(cfg.agvm), lambda name: f"agvm.{name}")
     micro_batches(cfg, num_workers)
+    for key in ("on_nonfinite", "on_bad_image"):
+        one_of(f"train.{key}", cfg.train.get(key, "stop"), STOP_OR_SKIP)
     check_device("train.device", cfg.train.device)
     check_amp("train.amp.enabled", cfg.train.amp.enabled, cfg.train.device)
 
@@ -114,6 +125,30 @@ def verify(cfg: DictConfig, results: dict) -> None:
         verify_results(CfgNode({"TEST": {"EXPECTED_RESULTS": expected}}), results)
 
 
+def seed_of(cfg: DictConfig) -> int:
+    seed = cfg.train.get("seed", -1)
+    return seed if seed >= 0 else comm.shared_random_seed()
+
+
+def train_loader(cfg: DictConfig):
+    """A TrainLoader where `dataloader.train` allows it, else what is configured there."""
+    node = cfg.dataloader.train
+    target = locate(node._target_) if isinstance(node._target_, str) else node._target_
+    if target is not build_detection_train_loader or node.get("sampler") is not None:
+        return instantiate(node)
+    dicts = instantiate(node.dataset)
+    return TrainLoader(
+        dicts,
+        instantiate(node.mapper),
+        node.total_batch_size // comm.get_world_size(),
+        lambda seed: TrainingSampler(len(dicts), seed=seed),
+        node.get("num_workers", 0),
+        node.get("aspect_ratio_grouping", True),
+        seed_of(cfg),
+        cfg.train.get("on_bad_image", "stop"),
+    )
+
+
 def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     """Train, and evaluate at the end; the last evaluation's results."""
     train = cfg.train
@@ -124,16 +159,20 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
         clip_gradients(optimizer, **train.clip_gradients)
     agvm = OmegaConf.to_container(cfg.agvm)
     enabled = agvm.pop("enabled", True)
-    if enabled:
-        split_param_groups(optimizer, model, agvm.get("modules", ()))
+    skip = train.get("on_nonfinite", "stop") == "skip"
+    prepare_optimizer(optimizer, model, agvm.get("modules", ()) if enabled else None, skip)
 
-    loader = instantiate(cfg.dataloader.train)
+    loader = train_loader(cfg)
     model = create_ddp_model(model, **train.ddp)
     trainer = (AMPTrainer if train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
     pieces = micro_batches(cfg, comm.get_world_size())
-    if pieces > 1:
-        trainer = in_micro_batches(trainer, train.micro_batch_size)
-    checkpointer = DetectionCheckpointer(model, train.output_dir, trainer=trainer)
+    if pieces > 1 or skip:
+        total = cfg.dataloader.train.total_batch_size
+        size = train.get("micro_batch_size", 0) or total // comm.get_world_size()
+        trainer = in_micro_batches(trainer, size, skip)
+    resumable = isinstance(loader, TrainLoader)
+    random_state = RandomState(loader) if resumable else RandomState(None, seed_of(cfg))
+    checkpointer = SafeCheckpointer(model, train.output_dir, trainer=trainer)
     results: dict = {}
 
     def evaluate() -> dict:
@@ -144,6 +183,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     main = comm.is_main_process()
     writers = default_writers(train.output_dir, train.max_iter) if main else []
     built = [
+        random_state,
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
         (

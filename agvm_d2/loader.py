@@ -19,6 +19,7 @@ from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 logger = logging.getLogger("detectron2.agvm_d2")
@@ -57,36 +58,59 @@ class BadImageError(ValueError):
     """An image or its annotations cannot be read."""
 
 
+def _is_wide(record: dict) -> bool:
+    """Wider than high; semantic segmentation's records do not tell, so the file does."""
+    if "width" in record:
+        return record["width"] > record["height"]
+    try:
+        with Image.open(record["file_name"]) as image:
+            width, height = image.size
+            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF's orientation, as Detectron2 reads
+    except OSError:  # unreadable: in no batch
+        return False
+    return height > width if turned else width > height
+
+
 class _Images(Dataset):
     """(place in the stream, index) -> the mapped image."""
 
-    def __init__(self, dicts, mapper: Callable, on_bad_image: str, wide: list[bool]):
-        self.dicts, self.mapper, self.on_bad_image, self.wide = dicts, mapper, on_bad_image, wide
+    def __init__(self, dicts, mapper: Callable, on_bad_image: str, grouping: bool):
+        self.dicts, self.mapper, self.on_bad_image = dicts, mapper, on_bad_image
+        self.grouping = grouping
         self.seed, self.rank = 0, comm.get_rank()
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         place, index = key
         with _seeded(mixed_seed(self.seed, 0, self.rank, place)):
-            skipped = []
-            for other in itertools.chain(range(index, len(self.dicts)), range(index)):
-                if self.wide[other] != self.wide[index]:  # it takes the place in the same batch
-                    continue
-                record = self.dicts[other]
-                try:
-                    sample = self.mapper(copy.deepcopy(record))
-                except Exception as error:
-                    name = record.get("file_name", f"number {other}")
-                    what = f"'{name}': {type(error).__name__}: {error}"
-                    if self.on_bad_image == "stop":
-                        raise BadImageError(
-                            f"The image {what}. Repair or remove it, or set "
-                            "DATALOADER.ON_BAD_IMAGE skip to train without such images."
-                        ) from error
-                    skipped.append(what)
-                    continue
-                if skipped:
-                    sample[SKIPPED] = skipped
-                return sample
+            try:
+                return self._read(index)
+            except BadImageError as error:
+                if self.on_bad_image == "stop":
+                    raise BadImageError(
+                        f"The image {error}. Repair or remove it, or set DATALOADER.ON_BAD_IMAGE "
+                        "skip to train without such images."
+                    ) from error
+                return self._stand_in(index, str(error))
+
+    def _read(self, index: int) -> dict:
+        record = self.dicts[index]
+        try:
+            return self.mapper(copy.deepcopy(record))
+        except Exception as error:
+            name = record.get("file_name", f"number {index}")
+            raise BadImageError(f"'{name}': {type(error).__name__}: {error}") from error
+
+    def _stand_in(self, index: int, what: str) -> dict:
+        """The next image of the same shape, which so takes the place in the same batch."""
+        skipped = [what]
+        wide = self.grouping and _is_wide(self.dicts[index])
+        for other in itertools.chain(range(index + 1, len(self.dicts)), range(index)):
+            if self.grouping and _is_wide(self.dicts[other]) != wide:
+                continue
+            try:
+                return {**self._read(other), SKIPPED: skipped}
+            except BadImageError as error:
+                skipped.append(str(error))
         raise BadImageError(f"No image can be read; the last: {skipped[-1]}.")
 
 
@@ -104,10 +128,11 @@ class _Stream(Sampler):
             return itertools.islice(stream, loader.start * size, None)
         # What AspectRatioGroupedDataset did so far: what it still holds comes first.
         held: tuple[list, list] = ([], [])
+        wide = [_is_wide(record) for record in loader.dicts] if loader.start else []
         batches = 0
         while batches < loader.start:
             item = next(stream)
-            group = held[loader.wide[item[1]]]
+            group = held[wide[item[1]]]
             group.append(item)
             if len(group) == size:
                 group.clear()
@@ -143,11 +168,13 @@ class TrainLoader:
         seed: int = 0,
         on_bad_image: str = "stop",
     ):
-        self.wide = [d["width"] > d["height"] if grouping else False for d in dicts]
+        self.dicts = dicts
+        self.dicts = dicts
         self.batch_size, self.grouping, self.make_sampler = batch_size, grouping, make_sampler
         self.seed, self.start, self.skipped = seed, 0, 0
         self._num_workers = num_workers
-        self._images = _Images(DatasetFromList(dicts, copy=False), mapper, on_bad_image, self.wide)
+        dicts = DatasetFromList(dicts, copy=False)  # shared by the loader's processes
+        self._images = _Images(dicts, mapper, on_bad_image, grouping)
 
     def seek(self, iteration: int, seed: int) -> None:
         """The next `iter` starts with this iteration's batch."""

@@ -107,18 +107,34 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     clip = solver.CLIP_GRADIENTS
     if clip.ENABLED:
         clip_gradients(optimizer, clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE, clip.ITER_RANGE)
-    return prepare_optimizer(cfg, model, optimizer)
+    return prepare_for(cfg, optimizer, model)
+
+
+def prepare_for(
+    cfg: CfgNode, optimizer: torch.optim.Optimizer, model: nn.Module
+) -> torch.optim.Optimizer:
+    """`prepare_optimizer` by a config's keys."""
+    rules = cfg.AGVM.MODULES if cfg.AGVM.ENABLED else None
+    return prepare_optimizer(optimizer, model, rules, cfg.SOLVER.ON_NONFINITE == "skip")
 
 
 def prepare_optimizer(
-    cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    modules: Rules | None,
+    skip_nonfinite: bool = False,
 ) -> torch.optim.Optimizer:
-    """What this package asks of any optimizer: SOLVER.ON_NONFINITE, and groups of one module."""
-    if cfg.SOLVER.ON_NONFINITE == "skip":
+    """Split a new optimizer's groups by module, so that it also takes a state saved without that.
+
+    Args:
+        modules: as for `split_param_groups`; None: the groups stay as they are.
+        skip_nonfinite: see `skip_nonfinite_steps`.
+    """
+    if skip_nonfinite:
         skip_nonfinite_steps(optimizer)
     whole = [list(group["params"]) for group in optimizer.param_groups]
-    if cfg.AGVM.ENABLED:
-        split_param_groups(optimizer, model, cfg.AGVM.MODULES)
+    if modules is not None:
+        split_param_groups(optimizer, model, modules)
     optimizer.register_load_state_dict_pre_hook(
         lambda optimizer, state: _fit_state(optimizer, state, whole)
     )

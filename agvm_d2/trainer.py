@@ -24,7 +24,7 @@ from .checkpoint import SafeCheckpointer
 from .config import check_config, micro_batches
 from .hook import AGVMHook
 from .loader import RandomState, TrainLoader, build_train_loader
-from .solver import build_lr_scheduler, build_optimizer, prepare_optimizer
+from .solver import build_lr_scheduler, build_optimizer, prepare_for
 
 
 class MicroBatchTrainer(SimpleTrainer):
@@ -193,7 +193,7 @@ class AGVMTrainerMixin:
         inherited = super().build_optimizer
         if inherited.__func__ is DefaultTrainer.build_optimizer.__func__:
             return build_optimizer(cfg, model)
-        return prepare_optimizer(cfg, model, inherited(cfg, model))
+        return prepare_for(cfg, inherited(cfg, model), model)
 
     @classmethod
     def build_lr_scheduler(cls, cfg, optimizer):

@@ -12,7 +12,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.detection_utils import read_image
@@ -23,6 +22,7 @@ from torch import nn
 import agvm_d2.data  # noqa: F401  registers the bundled datasets
 
 from . import lazy
+from .checkpoint import SafeCheckpointer
 from .config import check_datasets, check_device, read_config
 
 SIDE = 480  # pixels of the shorter side of a drawn image, at least
@@ -74,7 +74,7 @@ def load(config_file: str, opts: list[str]) -> tuple[nn.Module, Callable, str]:
     else:
         model = instantiate(cfg.model).to(device)
         mapper = instantiate(cfg.dataloader.test.mapper)
-    DetectionCheckpointer(model).load(weights)
+    SafeCheckpointer(model).load(weights)
     return model.eval(), mapper, names[0]
 
 

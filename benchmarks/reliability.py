@@ -36,7 +36,11 @@ def saves(kills: int, rng: random.Random) -> dict:
     `last_checkpoint` ever named, and every .pth file, must load and hold one iteration throughout.
     """
     finished = torn = 0
+    torch.set_num_threads(1)  # OpenMP does not survive a fork
     with tempfile.TemporaryDirectory() as folder:
+        first = nn.Linear(1, 1)
+        nn.init.zeros_(first.weight)
+        SafeCheckpointer(first, folder).save("model_start", iteration=0)
         for kill in range(kills):
             pid = os.fork()
             if pid == 0:
@@ -48,7 +52,7 @@ def saves(kills: int, rng: random.Random) -> dict:
                         model.weight.fill_(i)
                     checkpointer.save(f"model_{kill}_{i % 3}", iteration=i)
                     i += 1
-            time.sleep(rng.uniform(0.1, 0.5))
+            time.sleep(rng.uniform(0.2, 0.8))
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             names = [name for name in os.listdir(folder) if name.endswith(".pth")]

@@ -56,6 +56,34 @@ def test_train_resume_and_eval_only(digits, tmp_path):
     assert last == pytest.approx(float(found), abs=1e-3)
 
 
+def test_a_resumed_run_is_exact(digits, tmp_path):
+    from agvm_d2 import lazy
+
+    def run(folder, *more):
+        cfg = lazy.load(
+            VITDET,
+            [
+                *SHORT,
+                "train.max_iter=6",
+                "train.checkpointer.period=3",
+                f"train.output_dir={folder}",
+            ]
+            + ["dataloader.train.mapper.augmentations=[]", *more],
+        )
+        del cfg.dataloader["evaluator"]
+        lazy.do_train(cfg, resume=True)
+        return torch.load(folder / "model_final.pth", weights_only=True)
+
+    whole = run(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "model_0000002.pth").rename(tmp_path / "b" / "model_0000002.pth")
+    (tmp_path / "b" / "last_checkpoint").write_text("model_0000002.pth")
+    again = run(tmp_path / "b", "dataloader.train.num_workers=1")
+    assert whole["trainer"]["hooks"] == again["trainer"]["hooks"]
+    for name, value in whole["model"].items():
+        assert torch.equal(value, again["model"][name]), name
+
+
 def test_two_workers_without_agvm(digits, tmp_path):
     out = command(
         "--config-file", VITDET, "--num-gpus", 2, "--dist-url", "auto", *SHORT,
@@ -80,6 +108,7 @@ def test_two_workers_without_agvm(digits, tmp_path):
         (["agvm.mode=on"], "agvm.mode: found 'on', .*modulate, monitor"),
         (["agvm.ratio_range=[2,3]"], "agvm.ratio_range: found .2, 3."),
         (["agvm.modules=[[a,b,c]]"], "agvm.modules: found .'a', 'b', 'c'"),
+        (["train.on_nonfinite=ignore"], "train.on_nonfinite: found 'ignore', .*stop, skip"),
         (["train.amp.enabled=True"], "train.amp.enabled: found True, .*CUDA"),
         (["train.device=cuda"], "train.device: found 'cuda', .*train.device=cpu"),
     ],

@@ -100,6 +100,32 @@ def test_nothing_but_bad_images_is_an_error():
         first(make(mapper=bad, on_bad_image="skip"), 1)
 
 
+def test_records_without_a_size(tmp_path):
+    """Semantic segmentation's: the mapper learns it from the image."""
+    from PIL import Image
+
+    records = []
+    for i in range(8):
+        image = Image.new("RGB", (4 + 4 * (i % 2), 6))
+        exif = image.getexif()
+        exif[0x0112] = 6 if i == 3 else 1  # turned by a quarter: 6 x 8, not wide
+        image.save(tmp_path / f"{i}.jpg", exif=exif)
+        records.append({"file_name": str(tmp_path / f"{i}.jpg"), "number": i})
+
+    def sized(record):
+        wide = record["number"] % 2 == 1 and record["number"] != 3
+        return {**mapper(record), "width": 8 if wide else 4, "height": 6}
+
+    def loader():
+        return TrainLoader(records, sized, 2, lambda seed: TrainingSampler(8, seed=seed))
+
+    whole = first(loader(), 12)
+    for start in (1, 5):
+        again = loader()
+        again.seek(start, 0)
+        assert first(again, 4) == whole[start : start + 4]
+
+
 def test_other_samplers_are_detectron2s(tmp_path):
     cfg = toy_config(tmp_path, DATALOADER__SAMPLER_TRAIN="RandomSubsetTrainingSampler")
     assert build_train_loader(cfg) is None
