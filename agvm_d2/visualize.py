@@ -33,13 +33,14 @@ def draw_truth(image: np.ndarray, record: dict, metadata) -> np.ndarray:
     scale = max(1.0, SIDE / min(image.shape[:2]))
     if "annotations" in record:  # of a panoptic set its things, not the mask over all of them
         record = {key: value for key, value in record.items() if key != "sem_seg_file_name"}
-    return Visualizer(image, metadata, scale=scale).draw_dataset_dict(record).get_image()
+    visualizer = Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.SEGMENTATION)
+    return visualizer.draw_dataset_dict(record).get_image()
 
 
 def draw_prediction(image: np.ndarray, output: dict, metadata, threshold: float) -> np.ndarray:
     """`image` with a model's output: panoptic, semantic or instances of at least `threshold`."""
     scale = max(1.0, SIDE / min(image.shape[:2]))
-    visualizer = Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.IMAGE)
+    visualizer = Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.SEGMENTATION)
     if "panoptic_seg" in output:
         segments, info = output["panoptic_seg"]
         return visualizer.draw_panoptic_seg(segments.cpu(), info, alpha=0.5).get_image()

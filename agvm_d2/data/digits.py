@@ -26,6 +26,11 @@ from PIL import Image
 VERSION = "v2"  # of what the folder holds: a new one for every change below
 SIZE = 96
 CLASSES = [str(digit) for digit in range(10)]
+COLORS = [
+    (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
+    (140, 86, 75), (227, 119, 194), (188, 189, 34), (23, 190, 207), (255, 221, 0),
+]  # fmt: skip
+GROUND_COLORS = [(40, 60, 90), (90, 110, 70)]
 GROUNDS = ["temple", "flower"]  # what the two photographs show; COCO category ids 11 and 12
 SPLITS = {"train": 2000, "val": 300}
 TRAIN_DIGITS = 1437
@@ -49,6 +54,7 @@ def register() -> None:
             "json_file": path("annotations/instances_{}.json"),
             "image_root": path("{}"),
             "thing_classes": CLASSES,
+            "thing_colors": COLORS,
             "thing_dataset_id_to_contiguous_id": things,
         }
         forms = {
@@ -58,6 +64,7 @@ def register() -> None:
                 "image_root": path("{}"),
                 "sem_seg_root": path("sem_seg_{}"),
                 "stuff_classes": CLASSES + GROUNDS,
+                "stuff_colors": COLORS + GROUND_COLORS,
                 "ignore_label": 255,
             },
             "_panoptic": {
@@ -67,6 +74,7 @@ def register() -> None:
                 "panoptic_root": path("panoptic_{}"),
                 "panoptic_json": path("annotations/panoptic_{}.json"),
                 "stuff_classes": ["things", *GROUNDS],
+                "stuff_colors": [(200, 200, 200), *GROUND_COLORS],
                 "stuff_dataset_id_to_contiguous_id": {0: 0, 11: 1, 12: 2},
                 "ignore_label": 255,
             },

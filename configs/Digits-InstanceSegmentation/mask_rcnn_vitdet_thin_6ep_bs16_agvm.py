@@ -30,6 +30,6 @@ train.micro_batch_size = 8
 train.max_iter = 750
 train.eval_period = 0
 train.output_dir = "output/digits_vitdet"
-train.expected_results = [["segm", "AP", 20.0, 3.0]]
+train.expected_results = [["segm", "AP", 30.1, 4.0]]
 agvm.start_iter = 100
 agvm.interval = 5
