@@ -27,7 +27,7 @@ def untrained(path, folder) -> str:
     "path",
     [
         "Digits-InstanceSegmentation/mask_rcnn_thin_R_50_FPN_6ep_bs16_adamw_agvm.yaml",
-        "Digits-SemanticSegmentation/semantic_fpn_thin_R_50_6ep_bs16_adamw_agvm.yaml",
+        "Digits-SemanticSegmentation/semantic_fpn_thin_R_50_4ep_bs16_adamw_agvm.yaml",
         "Digits-PanopticSegmentation/panoptic_fpn_thin_R_50_6ep_bs16_adamw_agvm.yaml",
         "Digits-InstanceSegmentation/mask_rcnn_vitdet_thin_6ep_bs16_agvm.py",
     ],
