@@ -40,6 +40,10 @@ def setup(args) -> CfgNode | DictConfig:
         sets = cfg.DATASETS
         if not sets.TRAIN and not args.eval_only:
             raise ValueError("DATASETS.TRAIN: found (), but it must name at least one dataset.")
+        if cfg.TEST.EXPECTED_RESULTS and not sets.TEST:
+            raise ValueError(
+                "TEST.EXPECTED_RESULTS: set, but DATASETS.TEST is empty. Set it to []."
+            )
         check_datasets(sets.TEST if args.eval_only else sets.TRAIN + sets.TEST)
         keys = ("MODEL.WEIGHTS", "OUTPUT_DIR", "MODEL.DEVICE")
         values = (cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE)

@@ -25,12 +25,14 @@ class SafeCheckpointer(DetectionCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict()}
-        for key, value in self.model.named_parameters():  # a buffer may hold -inf, as a mask
-            if not value.isfinite().all():
-                raise FloatingPointError(
-                    f"'{key}' of the model holds NaN or inf: checkpoint {name} is not written. The "
-                    f"last whole one is {self.get_checkpoint_file() or 'none yet'}."
-                )
+        # A buffer may hold -inf, as a mask does.
+        bad = [key for key, p in self.model.named_parameters() if not p.isfinite().all()]
+        bad += [key for key, buffer in self.model.named_buffers() if buffer.isnan().any()]
+        if bad:
+            raise FloatingPointError(
+                f"'{bad[0]}' of the model holds NaN or inf: checkpoint {name} is not written. The "
+                f"last whole one is {self.get_checkpoint_file() or 'none yet'}."
+            )
         data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
         data.update(kwargs)
         basename = f"{name}.pth"

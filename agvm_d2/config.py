@@ -115,6 +115,14 @@ def _is_number(*values) -> bool:
     return all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
 
 
+def check_whole(key: str, value, low: int) -> None:
+    """
+    Raises:
+        ValueError: not a whole number, or below `low`.
+    """
+    _check(_is_int(value) and value >= low, key, value, f"it must be a whole number from {low} on")
+
+
 def _is_int(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -189,7 +197,10 @@ def check_agvm(values: dict, key: Callable[[str], str]) -> None:
         lambda v: len(v) == 2 and _is_number(*v) and 0 < v[0] <= 1 <= v[1],
         "it must be two numbers (low, high) with 0 < low <= 1 <= high",
     )
-    for rule in values.get("modules", ()):
+    check("log_period", lambda v: _is_int(v) and v >= 1, "it must be at least 1")
+    modules = values.get("modules", ())
+    _check(isinstance(modules, (tuple, list)), key("modules"), modules, "it must be pairs")
+    for rule in modules:
         _check(
             isinstance(rule, (tuple, list))
             and len(rule) == 2

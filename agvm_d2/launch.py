@@ -81,15 +81,15 @@ def _worker(args: Namespace, starter: str, rank, local_rank, world_size, local_s
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a Slurm node list: "a[03-05,9],b" -> "a03"."""
-    match = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodelist)
-    return "".join(part or "" for part in match.groups())
+    """The first host of a Slurm node list: "a[03-05,9]b[1-2],c" -> "a03b1"."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist).group()
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
 
 
 def _ended(how: str) -> str:
     return (
-        f"error: {how}; the other workers were stopped. The last checkpoint is whole: the same "
-        "command with --resume goes on from it."
+        f"error: {how}; the other workers were stopped. If there is a checkpoint, it is whole, and "
+        "once the cause is gone the same command with --resume goes on from it."
     )
 
 

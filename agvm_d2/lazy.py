@@ -27,14 +27,25 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from .checkpoint import SafeCheckpointer
-from .config import STOP_OR_SKIP, check_agvm, check_amp, check_device, one_of, split_batch
+from .config import (
+    CLIP_TYPES,
+    STOP_OR_SKIP,
+    check_agvm,
+    check_amp,
+    check_device,
+    check_whole,
+    one_of,
+    split_batch,
+)
 from .hook import AGVMHook
 from .loader import RandomState, TrainLoader
-from .solver import clip_gradients, prepare_optimizer
+from .solver import clip_gradients, fit_loaded_state, skip_nonfinite_steps, split_param_groups
 from .trainer import create_ddp_model, in_micro_batches
 
 # Arguments that are not settings.
 FILLED_IN = {"self", "model", "optimizer", "micro_batches", "batch_size", "comm_hook"}
+LOADER_KEYS = {"_target_", "dataset", "mapper", "total_batch_size", "num_workers"}
+LOADER_KEYS |= {"aspect_ratio_grouping"}
 KEYS = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "agvm")
 
 
@@ -84,7 +95,11 @@ def check(cfg: DictConfig, num_workers: int) -> None:
             hint = "; dict(enabled=False) trains without it" if key == "agvm" else ""
             raise ValueError(f"The config has no '{key}': see the examples in configs/{hint}.")
     for key, function in (("agvm", AGVMHook.__init__), ("train.clip_gradients", clip_gradients)):
-        node = OmegaConf.select(cfg, key) or {}
+        node = OmegaConf.select(cfg, key)
+        if node is None and key != "agvm":
+            continue
+        if not OmegaConf.is_dict(node):
+            raise ValueError(f"{key}: found {node!r}, but it must be a dict.")
         known = {"enabled", *inspect.signature(function).parameters} - FILLED_IN
         for name in node:
             if name not in known:
@@ -92,11 +107,25 @@ def check(cfg: DictConfig, num_workers: int) -> None:
                     f"{key}.{name}: there is no such key; there are {', '.join(sorted(known))}."
                 )
     check_agvm(OmegaConf.to_container(cfg.agvm), lambda name: f"agvm.{name}")
+    if cfg.agvm.get("start_iter", 0) < 0:
+        raise ValueError("agvm.start_iter: found -1; a LazyConfig must name the iteration.")
+    train = cfg.train
+    if train.get("clip_gradients"):
+        one_of("train.clip_gradients.clip_type", train.clip_gradients.clip_type, CLIP_TYPES)
+    for key, low in (
+        ("train.max_iter", 1),
+        ("train.log_period", 1),
+        ("train.checkpointer.period", 1),
+        ("train.eval_period", 0),
+        ("dataloader.train.num_workers", 0),
+        ("dataloader.test.num_workers", 0),
+    ):
+        check_whole(key, OmegaConf.select(cfg, key, default=low), low)
     micro_batches(cfg, num_workers)
     for key in ("on_nonfinite", "on_bad_image"):
-        one_of(f"train.{key}", cfg.train.get(key, "stop"), STOP_OR_SKIP)
-    check_device("train.device", cfg.train.device)
-    check_amp("train.amp.enabled", cfg.train.amp.enabled, cfg.train.device)
+        one_of(f"train.{key}", train.get(key, "stop"), STOP_OR_SKIP)
+    check_device("train.device", train.device)
+    check_amp("train.amp.enabled", train.amp.enabled, train.device)
 
 
 def dataset_names(cfg: DictConfig, eval_only: bool) -> list[str]:
@@ -134,7 +163,7 @@ def train_loader(cfg: DictConfig):
     """A TrainLoader where `dataloader.train` allows it, else what is configured there."""
     node = cfg.dataloader.train
     target = locate(node._target_) if isinstance(node._target_, str) else node._target_
-    if target is not build_detection_train_loader or node.get("sampler") is not None:
+    if target is not build_detection_train_loader or set(node) - LOADER_KEYS:
         return instantiate(node)
     dicts = instantiate(node.dataset)
     return TrainLoader(
@@ -155,12 +184,17 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     model = instantiate(cfg.model).to(train.device)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
+    skip = train.get("on_nonfinite", "stop") == "skip"
+    if skip:  # before clipping, which can make an inf finite
+        skip_nonfinite_steps(optimizer, model)
     if train.get("clip_gradients"):
         clip_gradients(optimizer, **train.clip_gradients)
     agvm = OmegaConf.to_container(cfg.agvm)
     enabled = agvm.pop("enabled", True)
-    skip = train.get("on_nonfinite", "stop") == "skip"
-    prepare_optimizer(optimizer, model, agvm.get("modules", ()) if enabled else None, skip)
+    if enabled:
+        split_param_groups(optimizer, model, agvm.get("modules", ()))
+    else:
+        fit_loaded_state(optimizer)
 
     loader = train_loader(cfg)
     model = create_ddp_model(model, **train.ddp)

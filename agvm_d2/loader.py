@@ -7,14 +7,15 @@ alone: not on how many loader processes there are, nor on when the run was inter
 from __future__ import annotations
 import contextlib
 import copy
+import functools
 import itertools
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import DatasetMapper, build_detection_train_loader, get_detection_dataset_dicts
 from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.engine import HookBase
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 logger = logging.getLogger("detectron2.agvm_d2")
 
 ON_BAD_IMAGE = ("stop", "skip")
+MAX_TRIES = 100  # bad images in a row: then it is not the images
 SKIPPED = "agvm_d2.skipped"  # key of a sample that stands in for a bad one
 
 
@@ -44,7 +46,9 @@ def _seeded(seed: int) -> Iterator[None]:
     """In a loader's process nothing else draws random numbers; in the trainer's, put them back."""
     own = get_worker_info() is None
     states = (torch.get_rng_state(), np.random.get_state(), random.getstate()) if own else None
-    seed_everything(seed)
+    torch.default_generator.manual_seed(seed)  # not CUDA's, which no mapper draws from
+    np.random.seed(seed)
+    random.seed(seed)
     try:
         yield
     finally:
@@ -83,16 +87,18 @@ class _Images(Dataset):
         place, index = key
         with _seeded(mixed_seed(self.seed, 0, self.rank, place)):
             try:
-                return self._read(index)
+                sample = self._read(index)
             except BadImageError as error:
                 if self.on_bad_image == "stop":
                     raise BadImageError(
-                        f"The image {error}. Repair or remove it, or set DATALOADER.ON_BAD_IMAGE "
-                        "skip to train without such images."
+                        f"The image or the mapper fails: {error}. Repair it, or set "
+                        "DATALOADER.ON_BAD_IMAGE skip to train without such images."
                     ) from error
-                return self._stand_in(index, str(error))
+                return self._stand_in(index, [str(error)])
+            return self._stand_in(index, []) if sample is None else sample
 
-    def _read(self, index: int) -> dict:
+    def _read(self, index: int) -> dict | None:
+        """None where the mapper leaves an image out, as Detectron2 allows."""
         record = self.dicts[index]
         try:
             return self.mapper(copy.deepcopy(record))
@@ -100,18 +106,25 @@ class _Images(Dataset):
             name = record.get("file_name", f"number {index}")
             raise BadImageError(f"'{name}': {type(error).__name__}: {error}") from error
 
-    def _stand_in(self, index: int, what: str) -> dict:
+    def _stand_in(self, index: int, skipped: list[str]) -> dict:
         """The next image of the same shape, which so takes the place in the same batch."""
-        skipped = [what]
         wide = self.grouping and _is_wide(self.dicts[index])
+        tried = 0
         for other in itertools.chain(range(index + 1, len(self.dicts)), range(index)):
             if self.grouping and _is_wide(self.dicts[other]) != wide:
                 continue
             try:
-                return {**self._read(other), SKIPPED: skipped}
+                sample = self._read(other)
             except BadImageError as error:
                 skipped.append(str(error))
-        raise BadImageError(f"No image can be read; the last: {skipped[-1]}.")
+            else:
+                if sample is not None:
+                    return {**sample, SKIPPED: skipped}
+            tried += 1
+            if tried == MAX_TRIES:
+                break
+        last = f"; the last: {skipped[-1]}" if skipped else ", all were left out by the mapper"
+        raise BadImageError(f"None of {tried + 1} images in a row can be read{last}.")
 
 
 class _Stream(Sampler):
@@ -128,7 +141,7 @@ class _Stream(Sampler):
             return itertools.islice(stream, loader.start * size, None)
         # What AspectRatioGroupedDataset did so far: what it still holds comes first.
         held: tuple[list, list] = ([], [])
-        wide = [_is_wide(record) for record in loader.dicts] if loader.start else []
+        wide = loader.wide() if loader.start else []
         batches = 0
         while batches < loader.start:
             item = next(stream)
@@ -168,17 +181,23 @@ class TrainLoader:
         seed: int = 0,
         on_bad_image: str = "stop",
     ):
-        self.dicts = dicts
-        self.dicts = dicts
         self.batch_size, self.grouping, self.make_sampler = batch_size, grouping, make_sampler
         self.seed, self.start, self.skipped = seed, 0, 0
         self._num_workers = num_workers
         dicts = DatasetFromList(dicts, copy=False)  # shared by the loader's processes
         self._images = _Images(dicts, mapper, on_bad_image, grouping)
 
+    def wide(self) -> list[bool]:
+        """Of each image, whether it is wider than high."""
+        return [_is_wide(record) for record in self._images.dicts]
+
     def seek(self, iteration: int, seed: int) -> None:
         """The next `iter` starts with this iteration's batch."""
         self.start, self.seed = iteration, seed
+
+    def _prefetch(self) -> int | None:
+        """Images that each process reads ahead: two batches in all, as torch's default."""
+        return max(2, -(-2 * self.batch_size // self._num_workers)) if self._num_workers else None
 
     def __iter__(self) -> Iterator[list[dict]]:
         self._images.seed = self.seed
@@ -190,7 +209,7 @@ class TrainLoader:
             num_workers=self._num_workers,
             collate_fn=_as_is,
             generator=torch.Generator(),  # or it draws a seed from the trainer's random numbers
-            prefetch_factor=max(2, self.batch_size) if self._num_workers else None,
+            prefetch_factor=self._prefetch(),
         )
         if self.grouping:
             batches = AspectRatioGroupedDataset(images, self.batch_size)
@@ -252,16 +271,12 @@ def _in_batches(images, size: int) -> Iterator[list[dict]]:
         yield list(itertools.islice(images, size))
 
 
-def build_train_loader(cfg: CfgNode) -> TrainLoader | None:
-    """Detectron2's training loader as the config describes it; None for a sampler that has no seed
-    to start from again.
-
-    Raises:
-        ValueError: DATALOADER.ON_BAD_IMAGE.
-    """
+def build_train_loader(cfg: CfgNode) -> TrainLoader | Iterable[list[dict]]:
+    """Detectron2's training loader as the config describes it: a TrainLoader, or Detectron2's own
+    for a sampler that has no seed to start from again."""
     data = cfg.DATALOADER
     if data.SAMPLER_TRAIN not in ("TrainingSampler", "RepeatFactorTrainingSampler"):
-        return None
+        return build_detection_train_loader(cfg)
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     dicts = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
@@ -269,15 +284,14 @@ def build_train_loader(cfg: CfgNode) -> TrainLoader | None:
         min_keypoints=keypoints,
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
-
-    def make_sampler(seed: int) -> Sampler:
-        if data.SAMPLER_TRAIN == "TrainingSampler":
-            return TrainingSampler(len(dicts), seed=seed)
+    # The sampler's function must not keep all of the dataset alive.
+    if data.SAMPLER_TRAIN == "TrainingSampler":
+        make_sampler = functools.partial(_training_sampler, len(dicts))
+    else:
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             dicts, data.REPEAT_THRESHOLD
         )
-        return RepeatFactorTrainingSampler(factors, seed=seed)
-
+        make_sampler = functools.partial(_repeating_sampler, factors)
     return TrainLoader(
         dicts,
         DatasetMapper(cfg, is_train=True),
@@ -288,3 +302,11 @@ def build_train_loader(cfg: CfgNode) -> TrainLoader | None:
         cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         data.ON_BAD_IMAGE,
     )
+
+
+def _training_sampler(size: int, seed: int) -> Sampler:
+    return TrainingSampler(size, seed=seed)
+
+
+def _repeating_sampler(factors: torch.Tensor, seed: int) -> Sampler:
+    return RepeatFactorTrainingSampler(factors, seed=seed)

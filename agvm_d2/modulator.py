@@ -64,7 +64,10 @@ class Modulator:
 
     def update(self, moments: Moments) -> None:
         """Take a measurement in. A module without a finite variance keeps its factor."""
-        unit_sq, mean_sq, self.num_units, halves, share = moments
+        unit_sq, mean_sq, num_units, halves, share = moments
+        if num_units != self.num_units:  # averages of other units, before a resume
+            self.unit_sq, self.mean_sq = torch.zeros_like(unit_sq), torch.zeros_like(mean_sq)
+            self.num_units = num_units
         if halves is None:
             self.variance = pairwise_variance(unit_sq, mean_sq, self.num_units)
         else:

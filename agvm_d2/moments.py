@@ -362,8 +362,14 @@ class HalvesTap(_Tap):
 
     @torch.no_grad()
     def average_done(self) -> None:
+        if self._first is None or self._num_units <= self.cut:
+            raise RuntimeError(
+                "AGVM.ESTIMATOR split compares micro-batches, but of this step it saw "
+                f"{self._num_units}: give AGVMHook(micro_batches=) their number and call "
+                "after_micro_batch() after each, as MicroBatchTrainer does."
+            )
         params = [p for p in self.params if p.grad is not None]
-        first, grads = self._first or {}, [p.grad for p in params]
+        first, grads = self._first, [p.grad for p in params]
         zero = torch.zeros((), device=self.device)
         halves = [
             [first.get(p, zero).expand_as(p) / self.share for p in params],

@@ -94,11 +94,13 @@ def plot(output_dir: str, picture: str | None = None) -> str:
         for name in sorted(series):
             if "loss" in name and "/" not in name and name != "total_loss":
                 axes[1, 0].plot(*series[name], label=name, lw=1)
-        axes[1, 0].plot(*series["total_loss"], color="black", label="total_loss", lw=1.4)
+        if "total_loss" in series:  # a loop of one's own may not write it
+            axes[1, 0].plot(*series["total_loss"], color="black", label="total_loss", lw=1.4)
         axes[1, 0].set_yscale("log")
         axes[1, 0].set_ylabel("loss")
         axes[1, 0].legend(frameon=False)
-        axes[1, 1].plot(*series["lr"], color="black", lw=1.4)
+        if "lr" in series:
+            axes[1, 1].plot(*series["lr"], color="black", lw=1.4)
         axes[1, 1].set_yscale("log")
         axes[1, 1].set_ylabel("learning rate before the factors")
         for axis in axes[1]:

@@ -46,7 +46,7 @@ def recipe(solver: CfgNode, batch: int, rule: str | None = None) -> dict:
             "IMS_PER_BATCH": batch,
             "BASE_LR": float(f"{lr:.3g}"),
             "MAX_ITER": iterations,
-            "STEPS": str(tuple(round(step * shrink) for step in solver.STEPS)),
+            "STEPS": str(tuple(sorted({round(step * shrink) for step in solver.STEPS} - {0}))),
             "WARMUP_METHOD": "exp",
             "WARMUP_FACTOR": 0.001,
             "WARMUP_ITERS": warmup,

@@ -77,6 +77,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     Raises:
         ValueError: see `assign_modules`; an unknown SOLVER.OPTIMIZER, or one not installed.
     """
+    return prepare_optimizer(cfg, unsplit_optimizer(cfg, model), model)
+
+
+def unsplit_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """`build_optimizer` without what `prepare_optimizer` does."""
     solver = cfg.SOLVER
     params = get_default_optimizer_params(
         model,
@@ -85,60 +90,47 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
     )
+    options = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
+    if solver.OPTIMIZER in ("SGD", "LARS"):
+        options.update(momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
+    one_of("SOLVER.OPTIMIZER", solver.OPTIMIZER, OPTIMIZERS)
     if solver.OPTIMIZER == "SGD":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            params,
-            lr=solver.BASE_LR,
-            momentum=solver.MOMENTUM,
-            nesterov=solver.NESTEROV,
-            weight_decay=solver.WEIGHT_DECAY,
-            foreach=True,
-        )
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(params, foreach=True, **options)
     elif solver.OPTIMIZER == "ADAMW":
-        optimizer = torch.optim.AdamW(
-            params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, foreach=True
-        )
+        optimizer = torch.optim.AdamW(params, foreach=True, **options)
     else:
-        one_of("SOLVER.OPTIMIZER", solver.OPTIMIZER, OPTIMIZERS)
-        options = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
-        if solver.OPTIMIZER == "LARS":
-            options.update(momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
         optimizer = _pytorch_optimizer(solver.OPTIMIZER)(params, **options)
     clip = solver.CLIP_GRADIENTS
+    if solver.ON_NONFINITE == "skip":  # first: clipping by value makes an inf finite
+        skip_nonfinite_steps(optimizer, model)
     if clip.ENABLED:
         clip_gradients(optimizer, clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE, clip.ITER_RANGE)
-    return prepare_for(cfg, optimizer, model)
-
-
-def prepare_for(
-    cfg: CfgNode, optimizer: torch.optim.Optimizer, model: nn.Module
-) -> torch.optim.Optimizer:
-    """`prepare_optimizer` by a config's keys."""
-    rules = cfg.AGVM.MODULES if cfg.AGVM.ENABLED else None
-    return prepare_optimizer(optimizer, model, rules, cfg.SOLVER.ON_NONFINITE == "skip")
+    return optimizer
 
 
 def prepare_optimizer(
-    optimizer: torch.optim.Optimizer,
-    model: nn.Module,
-    modules: Rules | None,
-    skip_nonfinite: bool = False,
+    cfg: CfgNode, optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> torch.optim.Optimizer:
-    """Split a new optimizer's groups by module, so that it also takes a state saved without that.
+    """What this package asks of any new optimizer: to skip, and groups of one module."""
+    if cfg.SOLVER.ON_NONFINITE == "skip":
+        skip_nonfinite_steps(optimizer, model)
+    if cfg.AGVM.ENABLED:
+        return split_param_groups(optimizer, model, cfg.AGVM.MODULES)
+    fit_loaded_state(optimizer)
+    return optimizer
 
-    Args:
-        modules: as for `split_param_groups`; None: the groups stay as they are.
-        skip_nonfinite: see `skip_nonfinite_steps`.
-    """
-    if skip_nonfinite:
-        skip_nonfinite_steps(optimizer)
+
+def fit_loaded_state(optimizer: torch.optim.Optimizer) -> None:
+    """From now on `load_state_dict` takes states saved with the groups as they are now, also after
+    `split_param_groups`, and refuses others clearly."""
     whole = [list(group["params"]) for group in optimizer.param_groups]
-    if modules is not None:
-        split_param_groups(optimizer, model, modules)
     optimizer.register_load_state_dict_pre_hook(
         lambda optimizer, state: _fit_state(optimizer, state, whole)
     )
-    return optimizer
+
+
+# By which optimizers can be told apart, and none that only some versions of torch have.
+HYPERPARAMETERS = ("momentum", "betas", "trust_coefficient", "grad_averaging")
 
 
 def _fit_state(
@@ -153,13 +145,16 @@ def _fit_state(
         ValueError: a state of other groups, or of another optimizer.
     """
     groups, saved = optimizer.param_groups, state["param_groups"]
-    missing = set(optimizer.defaults) - {"foreach", "fused", "capturable", "differentiable"}
-    missing = {key for key in missing if key not in saved[0]}
-    if missing - {"maximize", "decoupled_weight_decay"}:  # newer torch's have more
+    keys = [
+        {key for key in HYPERPARAMETERS if key in defaults}
+        for defaults in (optimizer.defaults, saved[0])
+    ]
+    if keys[0] != keys[1]:
         raise ValueError(
-            f"The checkpoint is of another optimizer than {type(optimizer).__name__}: it lacks "
-            f"{', '.join(sorted(missing))}. Resume with the SOLVER.OPTIMIZER it was trained with, "
-            "or start from its weights: MODEL.WEIGHTS, without --resume."
+            f"The checkpoint is of another optimizer than {type(optimizer).__name__}: it has "
+            f"{', '.join(sorted(keys[1]))} instead of {', '.join(sorted(keys[0]))}. Resume with "
+            "the SOLVER.OPTIMIZER it was trained with, or start from its weights: MODEL.WEIGHTS, "
+            "without --resume."
         )
     sizes = [len(group["params"]) for group in saved]
     if sizes == [len(group["params"]) for group in groups]:
@@ -189,6 +184,7 @@ def split_param_groups(
     optimizer: torch.optim.Optimizer, model: nn.Module, modules: Rules = ()
 ) -> torch.optim.Optimizer:
     """Split each group of a freshly built optimizer by module, in place, keeping every other key.
+    A state saved before or without that still loads.
 
     Args:
         optimizer: any optimizer over parameters of `model`, before its LR scheduler is built.
@@ -202,6 +198,7 @@ def split_param_groups(
         ValueError: a scheduler is built already; a parameter that is not in the model; see also
             `assign_modules`.
     """
+    fit_loaded_state(optimizer)
     owner = {p: name for name, ps in assign_modules(model, modules).items() for p in ps}
     known = set(model.parameters())
     groups = []
@@ -251,6 +248,8 @@ def clip_gradients(
     def clip_now(*_) -> None:
         if iter_range and not iter_range[0] <= get_event_storage().iter < iter_range[1]:
             return
+        if all(p.grad is None for p in params):  # a skipped step
+            return
         if clip_type == "full_model":
             clip_grad_norm_(params, clip_value, norm_type)
         elif clip_type == "norm":
@@ -267,21 +266,31 @@ def _finite(tensors: list[torch.Tensor]) -> bool:
     return bool(torch.cat([n for norms in block_norms(tensors) for n in norms]).isfinite().all())
 
 
-def skip_nonfinite_steps(optimizer: torch.optim.Optimizer) -> None:
+def skip_nonfinite_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Leave out each step of `optimizer` whose gradient has a NaN or inf, and say so in the log.
 
-    DDP's workers hold the same averaged gradient, so all of them decide alike.
+    DDP's workers hold the same averaged gradient, so all of them decide alike. The buffers of
+    `model`, such as BatchNorm's statistics, go back to what they were after the last step taken.
     """
+    if getattr(optimizer, "skips_nonfinite", False):
+        return
+    optimizer.skips_nonfinite = True
     skipped = 0
+    good = [buffer.clone() for buffer in model.buffers()]
 
+    @torch.no_grad()
     def look(*_) -> None:
         nonlocal skipped
         params = [p for group in optimizer.param_groups for p in group["params"]]
         grads = [p.grad for p in params if p.grad is not None]
         if not grads or _finite(grads):
+            for kept, buffer in zip(good, model.buffers(), strict=True):
+                kept.copy_(buffer)
             return
         for param in params:
             param.grad = None  # then there is nothing to step by
+        for kept, buffer in zip(good, model.buffers(), strict=True):
+            buffer.copy_(kept)
         skipped += 1
         logger.warning(
             f"Iteration {get_event_storage().iter}: a gradient is NaN or inf, the step is skipped "

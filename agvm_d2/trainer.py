@@ -5,6 +5,7 @@ import contextlib
 import os
 import time
 import weakref
+from collections.abc import Callable
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import MetadataCatalog
@@ -24,7 +25,8 @@ from .checkpoint import SafeCheckpointer
 from .config import check_config, micro_batches
 from .hook import AGVMHook
 from .loader import RandomState, TrainLoader, build_train_loader
-from .solver import build_lr_scheduler, build_optimizer, prepare_for
+from .modules import unwrap
+from .solver import build_lr_scheduler, prepare_optimizer, unsplit_optimizer
 
 
 class MicroBatchTrainer(SimpleTrainer):
@@ -56,6 +58,7 @@ class MicroBatchTrainer(SimpleTrainer):
         self.grad_scaler = grad_scaler
         self.precision = precision
         self.skip_nonfinite = skip_nonfinite
+        self._names = ["total_loss"]  # of the losses
 
     def run_step(self) -> None:
         assert self.model.training, "[MicroBatchTrainer] model was changed to eval mode!"
@@ -89,6 +92,30 @@ class MicroBatchTrainer(SimpleTrainer):
             self.optimizer.step()
 
     def _losses(self, piece) -> dict[str, torch.Tensor]:
+        try:
+            losses = self._forward(piece)
+        except FloatingPointError:  # Detectron2's RPN, at NaN or inf
+            if not self.skip_nonfinite:
+                raise
+            losses = self._nan_losses(piece)
+        self._names = list(losses)
+        return losses
+
+    def _nan_losses(self, piece) -> dict[str, torch.Tensor]:
+        """Through the model, so that DDP's other workers, too, get a gradient and skip the step."""
+        model = unwrap(self.model)
+
+        def forward(_) -> dict[str, torch.Tensor]:
+            nan = sum(p.sum() for p in model.parameters() if p.requires_grad) * torch.nan
+            return dict.fromkeys(self._names, nan)
+
+        model.forward = forward
+        try:
+            return self.model(piece)
+        finally:
+            del model.forward
+
+    def _forward(self, piece) -> dict[str, torch.Tensor]:
         if self.precision is None:
             losses = self.model(piece)
         else:
@@ -100,7 +127,7 @@ class MicroBatchTrainer(SimpleTrainer):
     def _write_metrics(self, *args, **kwargs) -> None:
         try:
             super()._write_metrics(*args, **kwargs)
-        except FloatingPointError:  # on the main process, after all have sent their losses
+        except (FloatingPointError, KeyError):  # on the main process, when all losses are there
             if not self.skip_nonfinite:
                 raise
 
@@ -156,14 +183,15 @@ def create_ddp_model(model: torch.nn.Module, **kwargs) -> torch.nn.Module:
 
 
 @contextlib.contextmanager
-def _ddp_on_cpu():
-    """DefaultTrainer has no method to override for this."""
-    before = defaults.create_ddp_model
-    defaults.create_ddp_model = create_ddp_model
+def _patched(name: str, function: Callable):
+    """DefaultTrainer calls `function` where it calls Detectron2's of this name: what a project
+    overrides is kept, and what it leaves to Detectron2, also through super(), is this package's."""
+    before = getattr(defaults, name)
+    setattr(defaults, name, function)
     try:
         yield
     finally:
-        defaults.create_ddp_model = before
+        setattr(defaults, name, before)
 
 
 class AGVMTrainerMixin:
@@ -180,7 +208,7 @@ class AGVMTrainerMixin:
         """
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         check_config(cfg, comm.get_world_size())
-        with _ddp_on_cpu():
+        with _patched("create_ddp_model", create_ddp_model):
             super().__init__(cfg)
         solver, workers = self.cfg.SOLVER, comm.get_world_size()
         skip = solver.ON_NONFINITE == "skip"
@@ -190,25 +218,19 @@ class AGVMTrainerMixin:
 
     @classmethod
     def build_optimizer(cls, cfg, model):
-        inherited = super().build_optimizer
-        if inherited.__func__ is DefaultTrainer.build_optimizer.__func__:
-            return build_optimizer(cfg, model)
-        return prepare_for(cfg, inherited(cfg, model), model)
+        with _patched("build_optimizer", unsplit_optimizer):
+            optimizer = super().build_optimizer(cfg, model)
+        return prepare_optimizer(cfg, optimizer, model)
 
     @classmethod
     def build_lr_scheduler(cls, cfg, optimizer):
-        inherited = super().build_lr_scheduler
-        if inherited.__func__ is DefaultTrainer.build_lr_scheduler.__func__:
-            return build_lr_scheduler(cfg, optimizer)
-        return inherited(cfg, optimizer)
+        with _patched("build_lr_scheduler", build_lr_scheduler):
+            return super().build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg):
-        inherited = super().build_train_loader
-        loader = None
-        if inherited.__func__ is DefaultTrainer.build_train_loader.__func__:
-            loader = build_train_loader(cfg)
-        return inherited(cfg) if loader is None else loader
+        with _patched("build_detection_train_loader", build_train_loader):
+            return super().build_train_loader(cfg)
 
     def build_hooks(self):
         if type(self.checkpointer) is DetectionCheckpointer:

@@ -58,6 +58,16 @@ def test_weights_with_nan_are_not_saved(saved, tmp_path):
     assert whole(tmp_path)["iteration"] == 0
 
 
+def test_statistics_with_nan_are_not_saved_but_masks_are(tmp_path):
+    model = torch.nn.BatchNorm1d(2)
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    checkpointer = SafeCheckpointer(model, str(tmp_path))
+    checkpointer.save("good")
+    model.running_mean[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="'running_mean'"):
+        checkpointer.save("bad")
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("evil",)

@@ -249,6 +249,16 @@ def test_split_compares_the_first_micro_batches_with_the_others():
             assert float(hook.modulator.variance[i]) == pytest.approx(wanted, abs=1e-5)
 
 
+def test_split_without_micro_batches_says_what_to_call():
+    model = ToyDetector()
+    optimizer = sgd(model)
+    hook = make_hook(model, optimizer, interval=1, estimator="split", micro_batches=2)
+    with EventStorage(0), pytest.raises(RuntimeError, match="saw 0: .*after_micro_batch"):
+        hook.before_step()
+        loss(model, batch(4)).backward()
+        hook.after_backward()
+
+
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("estimator", ["pairwise", "split"])
 def test_monitor_measures_and_changes_nothing(optimizer_class, estimator):

@@ -75,6 +75,7 @@ def test_flags_that_contradict_the_environment():
         ("gpu[03-05,9],b", "gpu03"),
         ("rack2-n[7]", "rack2-n7"),
         ("n[1-2]-ib,m", "n1-ib"),
+        ("rack[0-1]node[03,5],m[1-2]", "rack0node03"),
     ],
 )
 def test_first_host(nodes, first):

@@ -75,7 +75,7 @@ def bad_at_4(record):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_bad_image_stops_and_is_named(num_workers):
-    message = "The image '4.png': OSError: image file is truncated.*ON_BAD_IMAGE skip"
+    message = "fails: '4.png': OSError: image file is truncated.*ON_BAD_IMAGE skip"
     with pytest.raises(BadImageError, match=message):
         first(make(num_workers, mapper=bad_at_4), 10)
 
@@ -96,7 +96,10 @@ def test_nothing_but_bad_images_is_an_error():
     def bad(record):
         raise ValueError("empty")
 
-    with pytest.raises(BadImageError, match="No image can be read"):
+    with pytest.raises(
+        BadImageError,
+        match="None of 5 images in a row can be read; the last: '.*ValueError: empty",
+    ):
         first(make(mapper=bad, on_bad_image="skip"), 1)
 
 
@@ -126,9 +129,24 @@ def test_records_without_a_size(tmp_path):
         assert first(again, 4) == whole[start : start + 4]
 
 
-def test_other_samplers_are_detectron2s(tmp_path):
+def test_a_mapper_may_leave_images_out(d2_log):
+    def even_only(record):
+        return mapper(record) if record["number"] % 4 < 2 else None
+
+    found = [number for batch in first(make(mapper=even_only), 10) for number, _ in batch]
+    assert len(found) == 30 and all(number % 4 < 2 for number in found)
+    assert "Skipped" not in d2_log.text
+
+
+@pytest.mark.parametrize("num_workers, prefetch", [(0, None), (1, 6), (4, 2)])
+def test_about_two_batches_are_read_ahead(num_workers, prefetch):
+    assert make(num_workers)._prefetch() == prefetch
+
+
+def test_other_samplers_are_detectron2s(tmp_path, monkeypatch):
+    monkeypatch.setattr("agvm_d2.loader.build_detection_train_loader", lambda cfg: "theirs")
     cfg = toy_config(tmp_path, DATALOADER__SAMPLER_TRAIN="RandomSubsetTrainingSampler")
-    assert build_train_loader(cfg) is None
+    assert build_train_loader(cfg) == "theirs"
 
 
 @pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])

@@ -84,3 +84,15 @@ def test_state_survives_a_weights_only_checkpoint(tmp_path):
 def test_state_of_other_modules_is_an_error():
     with pytest.raises(ValueError, match="backbone, fpn, head, but this model has backbone, head"):
         Modulator(("backbone", "head")).load_state_dict(Modulator(NAMES).state_dict())
+
+
+def test_averages_of_another_number_of_units_start_anew():
+    """S1 and S2 of 32 workers' gradients say nothing about two workers'; the factors stay."""
+    before = Modulator(NAMES[:2], momentum=0.5)
+    for _ in range(3):
+        before.update(moments([1.0, 1.0], [0.5, 0.25], k=32))
+    after = Modulator(NAMES[:2], momentum=0.5)
+    after.load_state_dict(before.state_dict())
+    after.update(moments([4.0, 4.0], [3.0, 2.0], k=2))
+    assert after.unit_sq.tolist() == [2.0, 2.0] and after.mean_sq.tolist() == [1.5, 1.0]
+    assert after.factors[1] != 1 and before.factors[1] != 1

@@ -4,9 +4,10 @@ import math
 import random
 import pytest
 import torch
-from toy import ToyLoader, ToyTrainer, toy_config
+from detectron2.utils.events import EventStorage
+from toy import ToyDetector, ToyLoader, ToyTrainer, toy_config
 
-from agvm_d2 import AGVMHook
+from agvm_d2 import AGVMHook, build_optimizer
 from agvm_d2.checkpoint import SafeCheckpointer
 
 
@@ -111,3 +112,58 @@ def test_projects_keep_their_checkpointer(tmp_path):
     trainer = ToyTrainer(toy_config(tmp_path))
     assert type(trainer.checkpointer) is SafeCheckpointer
     assert trainer.checkpointer.save_to_disk
+
+
+def rcnn(output_dir, options):
+    """In a worker: a real R-CNN, one NaN pixel in worker 1's image at iteration 2."""
+    from detectron2.utils import comm
+    from test_resume import Trainer, config
+
+    class Poisoned(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            for i, data in enumerate(super().build_train_loader(cfg)):
+                for d in data:
+                    d["image"] = d["image"].float()
+                if i == 2 and comm.get_rank() == comm.get_world_size() - 1:
+                    data[0]["image"][0, 0, 0] = math.nan
+                yield data
+
+    trainer = Poisoned(config(output_dir, **options))
+    trainer.train()
+    model = getattr(trainer.model, "module", trainer.model)
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+RCNN = {"SOLVER__ON_NONFINITE": "skip", "SOLVER__MAX_ITER": 5, "AGVM__START_ITER": 1}
+
+
+def test_a_detector_skips_it_in_all_workers_and_keeps_its_statistics(digits, workers, tmp_path):
+    one, other = workers(2).run(rcnn, tmp_path, RCNN)
+    for name, value in one.items():
+        assert value.isfinite().all(), name
+        if "running_" not in name and "num_batches" not in name:  # BatchNorm's are each worker's
+            assert torch.equal(value, other[name]), name
+
+
+def test_a_detector_skips_a_bad_micro_batch(digits, tmp_path):
+    state = rcnn(tmp_path, {**RCNN, "SOLVER__MICRO_BATCH_SIZE": 2})
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_skipping_comes_before_clipping_by_value(tmp_path):
+    options = {
+        **SKIP,
+        "SOLVER__CLIP_GRADIENTS__ENABLED": True,
+        "SOLVER__CLIP_GRADIENTS__CLIP_TYPE": "value",
+        "SOLVER__MICRO_BATCH_SIZE": 2,
+    }
+    assert len(train(tmp_path, {3: (0, math.nan)}, options)[2]) == 1
+    model = ToyDetector()
+    optimizer = build_optimizer(toy_config(tmp_path, **options), model)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.full_like(p, math.inf)
+    with EventStorage(0):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))

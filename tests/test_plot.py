@@ -60,3 +60,10 @@ def test_bad_input(tmp_path):
         plot(str(tmp_path))
     with pytest.raises(SystemExit, match="agvm_d2.plot: error"):
         main([str(tmp_path)])
+
+
+def test_a_loop_that_writes_only_agvms_scalars(tmp_path):
+    write(
+        tmp_path, [{"iteration": 5, "agvm/variance/backbone": 0.5, "agvm/lr_scale/backbone": 1.0}]
+    )
+    assert plot(str(tmp_path)).endswith("agvm.png")

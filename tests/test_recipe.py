@@ -32,6 +32,13 @@ def test_what_it_prints_can_be_pasted_and_is_the_papers_recipe(capsys, tmp_path)
     assert cfg.AGVM.START_ITER == 452 and cfg.AGVM.INTERVAL == 10
 
 
+def test_steps_that_fall_together_or_to_nothing_are_left_out():
+    solver = get_cfg().SOLVER
+    solver.OPTIMIZER = "SGD"
+    solver.IMS_PER_BATCH, solver.MAX_ITER, solver.STEPS = 16, 90, (1, 80, 82)
+    assert recipe.recipe(solver, 64)["SOLVER"]["STEPS"] == "(20,)"
+
+
 def test_rules_and_hints(capsys):
     out = run(capsys, "--config-file", RETINANET, "--batch-size", 2048, "--rule", "linear")
     assert "From batch 16, learning rate 0.01, 90,000 iterations" in out

@@ -449,7 +449,9 @@ def test_agvm_switched_off_at_resume_says_what_to_do(tmp_path):
 
 def test_another_optimizer_at_resume_is_named(tmp_path):
     train(toy_config(tmp_path, **MICRO))
-    with pytest.raises(ValueError, match="another optimizer than AdamW: it lacks .*betas"):
+    with pytest.raises(
+        ValueError, match="another optimizer than AdamW: it has momentum instead of betas"
+    ):
         train(toy_config(tmp_path, SOLVER__OPTIMIZER="ADAMW", **MICRO), resume=True)
 
 
@@ -525,6 +527,41 @@ def test_a_projects_own_optimizer_is_kept_and_split(tmp_path):
     assert (agvm_hook(trainer).modulator.factors[1:] != 1).all()
     off = Trainer(toy_config(tmp_path / "b", AGVM__ENABLED=False))
     assert len(off.optimizer.param_groups) == 2
+
+
+def test_a_project_that_calls_super_gets_this_packages_keys(tmp_path):
+    class Theirs(StockToyTrainer):
+        @classmethod
+        def build_optimizer(cls, cfg, model):
+            optimizer = super().build_optimizer(cfg, model)
+            optimizer.theirs = True
+            return optimizer
+
+        @classmethod
+        def build_lr_scheduler(cls, cfg, optimizer):
+            return super().build_lr_scheduler(cfg, optimizer)
+
+    class Trainer(AGVMTrainerMixin, Theirs):
+        pass
+
+    options = {
+        **MICRO,
+        "SOLVER__OPTIMIZER": "ADAMW",
+        "SOLVER__WARMUP_METHOD": "exp",
+        "SOLVER__WARMUP_ITERS": 4,
+        "SOLVER__CLIP_GRADIENTS__ENABLED": True,
+        "SOLVER__CLIP_GRADIENTS__CLIP_TYPE": "full_model",
+    }
+    trainer = train(toy_config(tmp_path, **options), Trainer)
+    assert isinstance(trainer.optimizer, torch.optim.AdamW) and trainer.optimizer.theirs
+    assert len(trainer.optimizer.param_groups) == len(MODULES)
+
+
+def test_lars_to_sgd_at_resume_is_named(tmp_path):
+    pytest.importorskip("pytorch_optimizer")
+    train(toy_config(tmp_path, SOLVER__OPTIMIZER="LARS", **MICRO))
+    with pytest.raises(ValueError, match="another optimizer than SGD: it has .*trust_coefficient"):
+        train(toy_config(tmp_path, **MICRO), resume=True)
 
 
 def test_a_projects_detectron2_clipping_is_kept(tmp_path):
