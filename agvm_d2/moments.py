@@ -71,29 +71,38 @@ def block_norms(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
 
 
 class ModuleSums:
-    """Squared norm of each module's gradient, gathered piece by piece, summed once at the end."""
+    """Squared norm of each module's gradient, gathered piece by piece, summed once at the end.
 
-    def __init__(self, num_modules: int):
-        self._norms: list[list[torch.Tensor]] = [[] for _ in range(num_modules)]
+    By parameter and in the modules' order, so that the sum's bits depend neither on the order in
+    which gradients become ready nor on how DDP lays out its buckets, which a resumed run may do
+    differently.
+    """
 
-    def add(self, owners: list[int], grads: list[torch.Tensor]) -> None:
-        for i, norms in zip(owners, block_norms(grads), strict=True):
-            self._norms[i] += norms
+    def __init__(self, modules: Modules):
+        self._modules = modules
+        self._norms: dict[nn.Parameter, list[torch.Tensor]] = {}
+
+    def add(self, params: list[nn.Parameter], grads: list[torch.Tensor]) -> None:
+        # Futures call back on other threads, but each for parameters of its own.
+        for param, norms in zip(params, block_norms(grads), strict=True):
+            self._norms[param] = norms
 
     def total(self, device: torch.device) -> torch.Tensor:
         """float64, shape (modules,)."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        return torch.stack(
-            [torch.cat(n).double().square().sum() if n else zero for n in self._norms]
-        )
+        found = [
+            [norm for param in params for norm in self._norms.get(param, ())]
+            for params in self._modules.values()
+        ]
+        return torch.stack([torch.cat(n).double().square().sum() if n else zero for n in found])
 
 
 class _Tap:
     """What all taps share: arm for one step, then hand out its moments."""
 
     def __init__(self, modules: Modules, precondition: Precondition | None, group=None):
+        self.modules = modules
         self.params = [p for params in modules.values() for p in params]
-        self.owner = {p: i for i, params in enumerate(modules.values()) for p in params}
         self.num_modules = len(modules)
         self.device = self.params[0].device
         self.group = group
@@ -103,7 +112,7 @@ class _Tap:
         self.measuring = False
 
     def sums_of(self, params, grads) -> ModuleSums:
-        sums = ModuleSums(self.num_modules)
+        sums = ModuleSums(self.modules)
         self.add_to(sums, params, grads)
         return sums
 
@@ -111,7 +120,7 @@ class _Tap:
         params, grads = list(params), list(grads)
         if self.precondition is not None:
             grads = [self.precondition(p, g) for p, g in zip(params, grads, strict=True)]
-        sums.add([self.owner[p] for p in params], grads)
+        sums.add(params, grads)
 
     def start(self) -> None:
         """Measure the coming backward pass(es)."""
@@ -188,9 +197,8 @@ class BucketTap(_Tap):
         model.register_comm_hook(self, _bucket_hook)
 
     def _reset(self) -> None:
-        # By bucket: futures may end in any order, and the sum's bits must not depend on it.
-        self._unit: dict[int, ModuleSums] = {}
-        self._mean: dict[int, ModuleSums] = {}
+        self._unit = ModuleSums(self.modules)
+        self._mean = ModuleSums(self.modules)
         self._pending: list[torch.futures.Future] = []
 
     def start(self) -> None:
@@ -210,35 +218,21 @@ class BucketTap(_Tap):
     def before(self, bucket: dist.GradBucket) -> Callable:
         """Measure this worker's gradients; return what measures the average of the bucket."""
         # Buckets are rebuilt after the first step: go by parameter, not by position.
-        params, grads, index = bucket.parameters(), bucket.gradients(), bucket.index()
+        params, grads = bucket.parameters(), bucket.gradients()
         start = bucket.buffer().storage_offset()
         views = [(g.size(), g.stride(), g.storage_offset() - start) for g in grads]
-        spans: list[list[int]] = []  # [module, begin, end]: neighbours of one module in one piece
-        for param, grad, (_, _, begin) in zip(params, grads, views, strict=True):
-            module, end = self.owner[param], begin + grad.numel()
-            if spans and spans[-1][0] == module and spans[-1][2] == begin:
-                spans[-1][2] = end
-            else:
-                spans.append([module, begin, end])
-
-        def sums_of_flat(flat: torch.Tensor) -> ModuleSums:
-            if self.precondition is not None:
-                offset = flat.storage_offset()
-                parts = [flat.as_strided(size, stride, offset + o) for size, stride, o in views]
-                return self.sums_of(params, parts)
-            sums = ModuleSums(self.num_modules)
-            sums.add([m for m, _, _ in spans], [flat[begin:end] for _, begin, end in spans])
-            return sums
 
         @torch.no_grad()
-        def measure(found: dict[int, ModuleSums], future: torch.futures.Future) -> torch.Tensor:
+        def measure(sums: ModuleSums, future: torch.futures.Future) -> torch.Tensor:
             flat = future.value()
             flat = flat[0] if isinstance(flat, (list, tuple)) else flat
-            found[index] = sums_of_flat(flat)
+            offset = flat.storage_offset()
+            parts = [flat.as_strided(size, stride, offset + o) for size, stride, o in views]
+            self.add_to(sums, params, parts)
             return flat
 
         if self.share is None or len(self.half) == 1:
-            self._unit[index] = sums_of_flat(bucket.buffer())
+            self.add_to(self._unit, params, grads)
         else:
             copy = bucket.buffer().clone()
             work = dist.reduce(copy, self.half[0], group=self.half_group, async_op=True)
@@ -251,15 +245,9 @@ class BucketTap(_Tap):
             self._pending.append(work.get_future().then(reduced))
         return functools.partial(measure, self._mean)
 
-    def _total(self, found: dict[int, ModuleSums]) -> torch.Tensor:
-        total = torch.zeros(self.num_modules, dtype=torch.float64, device=self.device)
-        for index in sorted(found):
-            total += found[index].total(self.device)
-        return total
-
     def _local(self) -> tuple[torch.Tensor, int]:
         torch.futures.wait_all(self._pending)
-        unit_sq, mean_sq = self._total(self._unit), self._total(self._mean)
+        unit_sq, mean_sq = self._unit.total(self.device), self._mean.total(self.device)
         if self.share is None:
             return torch.stack([unit_sq, mean_sq]), 1
         halves = torch.zeros(2, self.num_modules, dtype=torch.float64, device=self.device)
@@ -286,7 +274,7 @@ class TensorTap(_Tap):
         self._reset()
 
     def _reset(self) -> None:
-        self._unit = ModuleSums(self.num_modules)
+        self._unit = ModuleSums(self.modules)
         self._unit_sq = torch.zeros(self.num_modules, dtype=torch.float64, device=self.device)
         self._mean_sq: torch.Tensor | None = None
         self._num_units = 0
@@ -312,7 +300,7 @@ class TensorTap(_Tap):
         # Weighting S1 alike, sum_k w_k |u_k|^2, keeps S1 - S2 = (K - 1) tr(Sigma)/batch in
         # expectation for micro-batches of unequal size.
         self._unit_sq += self._unit.total(self.device) / weight
-        self._unit = ModuleSums(self.num_modules)
+        self._unit = ModuleSums(self.modules)
         self._num_units += 1
 
     @torch.no_grad()

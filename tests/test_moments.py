@@ -171,7 +171,7 @@ def _ddp_moments(options, make_tap, units, steps=3):
     """In a worker: a few measured steps (the first rebuilds buckets); the last one's moments."""
     rank = dist.get_rank()
     model = ToyDetector(width=32)
-    ddp = DistributedDataParallel(model, bucket_cap_mb=0.002, **options)
+    ddp = DistributedDataParallel(model, **{"bucket_cap_mb": 0.002, **options})
     tap = make_tap(ddp, assign_modules(model))
     for _ in range(steps):
         tap.start()
@@ -201,6 +201,17 @@ def same_bits(results):
         torch.equal(r.unit_sq, first.unit_sq) and torch.equal(r.mean_sq, first.mean_sq)
         for r in results[1:]
     )
+
+
+@pytest.mark.parametrize("make_tap", [_bucket_tap, _taken_slot])
+def test_the_bits_do_not_depend_on_the_buckets(workers, make_tap):
+    """A resumed run may lay them out differently."""
+    units = [batch(4, seed=rank) for rank in range(2)]
+    found = [
+        workers(2).run(_ddp_moments, {"bucket_cap_mb": size}, make_tap, units)[0][0]
+        for size in (0.0005, 0.003, 25)
+    ]
+    assert same_bits(found)
 
 
 @pytest.mark.parametrize("num", [2, 3])
