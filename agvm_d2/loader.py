@@ -271,12 +271,18 @@ def _in_batches(images, size: int) -> Iterator[list[dict]]:
         yield list(itertools.islice(images, size))
 
 
-def build_train_loader(cfg: CfgNode) -> TrainLoader | Iterable[list[dict]]:
+def build_train_loader(
+    cfg: CfgNode, *, mapper: Callable[[dict], dict] | None = None
+) -> TrainLoader | Iterable[list[dict]]:
     """Detectron2's training loader as the config describes it: a TrainLoader, or Detectron2's own
-    for a sampler that has no seed to start from again."""
+    for a sampler that has no seed to start from again.
+
+    Args:
+        mapper: in place of `DatasetMapper(cfg, is_train=True)`.
+    """
     data = cfg.DATALOADER
     if data.SAMPLER_TRAIN not in ("TrainingSampler", "RepeatFactorTrainingSampler"):
-        return build_detection_train_loader(cfg)
+        return build_detection_train_loader(cfg, mapper=mapper)
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     dicts = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
@@ -294,7 +300,7 @@ def build_train_loader(cfg: CfgNode) -> TrainLoader | Iterable[list[dict]]:
         make_sampler = functools.partial(_repeating_sampler, factors)
     return TrainLoader(
         dicts,
-        DatasetMapper(cfg, is_train=True),
+        mapper or DatasetMapper(cfg, is_train=True),
         cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
         make_sampler,
         data.NUM_WORKERS,

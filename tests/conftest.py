@@ -1,6 +1,8 @@
 from __future__ import annotations
+import atexit
 import os
 import queue
+import shutil
 import socket
 import sys
 import tempfile
@@ -11,12 +13,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # Before Detectron2 reads it at import; spawned workers inherit it.
-os.environ["DETECTRON2_DATASETS"] = DATASETS = os.environ.get(
-    "AGVM_TEST_DATASETS"
-) or tempfile.mkdtemp(prefix="agvm_d2-test-datasets-")
-os.environ["AGVM_TEST_DATASETS"] = DATASETS
+if "AGVM_TEST_DATASETS" not in os.environ:
+    os.environ["AGVM_TEST_DATASETS"] = tempfile.mkdtemp(prefix="agvm_d2-test-datasets-")
+    atexit.register(shutil.rmtree, os.environ["AGVM_TEST_DATASETS"], ignore_errors=True)
+os.environ["DETECTRON2_DATASETS"] = DATASETS = os.environ["AGVM_TEST_DATASETS"]
 
-TIMEOUT = 300
+TIMEOUT = 1800  # s; against a hang, also on a busy machine
 
 
 @pytest.fixture(scope="session")

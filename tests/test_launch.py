@@ -104,7 +104,7 @@ def start(command, out, **env):
 
 def finish(processes):
     for process in processes:
-        output = process.communicate(timeout=600)[0]
+        output = process.communicate(timeout=3600)[0]
         assert process.returncode == 0, output[-4000:]
 
 

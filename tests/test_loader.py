@@ -144,9 +144,11 @@ def test_about_two_batches_are_read_ahead(num_workers, prefetch):
 
 
 def test_other_samplers_are_detectron2s(tmp_path, monkeypatch):
-    monkeypatch.setattr("agvm_d2.loader.build_detection_train_loader", lambda cfg: "theirs")
+    monkeypatch.setattr(
+        "agvm_d2.loader.build_detection_train_loader", lambda cfg, mapper: ("theirs", mapper)
+    )
     cfg = toy_config(tmp_path, DATALOADER__SAMPLER_TRAIN="RandomSubsetTrainingSampler")
-    assert build_train_loader(cfg) == "theirs"
+    assert build_train_loader(cfg, mapper=mapper) == ("theirs", mapper)
 
 
 @pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
@@ -167,3 +169,6 @@ def test_from_a_config(digits, tmp_path, sampler):
         for loader in (build_train_loader(cfg), build_train_loader(cfg))
     ]
     assert names[0] == names[1] and len(names[0][0]) == 4
+    loader = build_train_loader(cfg, mapper=lambda record: {**record, "mine": record["file_name"]})
+    mine = [[d["mine"] for d in b] for b in itertools.islice(iter(loader), 5)]
+    assert mine == names[0]

@@ -29,7 +29,7 @@ def command(*args, ok=True, **env):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=3600,  # against a hang; no machine is that slow
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
     )
     assert (result.returncode == 0) == ok, result.stdout[-4000:]
