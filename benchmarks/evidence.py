@@ -93,12 +93,13 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]) + "\n"
 
 
-def by_batch(cells) -> str:
+def by_batch(cells, varied: bool = False) -> str:
+    """The cells of the setting itself, or those that vary it by config keys."""
     rows = []
     for cell, lrs in sorted(
         cells.items(), key=lambda x: (x[0].pipeline, x[0].batch, [*NAMES].index(x[0].method))
     ):
-        if cell.options:
+        if bool(cell.options) != varied:
             continue
         chosen = best(lrs)
         every = [row for runs in lrs.values() for row in runs]
@@ -113,10 +114,11 @@ def by_batch(cells) -> str:
                 f"{every[0]['iterations']}",
                 f"{sum(row['diverged_at'] is not None for row in every)} of {len(every)}",
                 f"{statistics.median(row['seconds'] for row in every):.0f}",
+                *([f"`{cell.options}`"] if varied else []),
             ]
         )
     head = ["pipeline", "batch", "method", "accuracy, tuned", "LR", "LRs that work", "iterations"]
-    return table([*head, "diverged", "s a run"], rows)
+    return table([*head, "diverged", "s a run", *(["varied"] if varied else [])], rows)
 
 
 def by_lr(cells) -> str:
@@ -175,7 +177,7 @@ def variances(cells) -> str:
             if found:
                 rows.append(
                     [
-                        cell.pipeline + (f" ({cell.options})" if cell.options else ""),
+                        cell.pipeline + (f", `{cell.options}`" if cell.options else ""),
                         NAMES[cell.method],
                         f"{cell.batch}",
                         part.replace("_", " the first ").replace("drop", "LR drop"),
@@ -233,6 +235,8 @@ def report(cells) -> str:
             by_batch(cells),
             "### Accuracy against learning rate\n",
             by_lr(cells),
+            "### Other settings\n",
+            by_batch(cells, varied=True),
             "### Variances\n",
             variances(cells),
         ]

@@ -23,6 +23,7 @@ from detectron2.engine import HookBase, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
+from tqdm import trange
 
 from agvm_d2 import AGVMTrainer, add_agvm_config
 from agvm_d2.checkpoint import SafeCheckpointer
@@ -96,7 +97,7 @@ def workers(kills: int, rng: random.Random) -> dict:
     """One training in two workers; at random iterations one worker is killed, then it resumes."""
     seconds, resumed = [], 0
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(kills):
+        for _ in trange(kills, unit="kill"):
             before = last(folder)
             process = subprocess.Popen(
                 [sys.executable, "-W", "ignore", os.path.join(ROOT, "train_net.py")]
@@ -163,13 +164,14 @@ class TinyTrainer(AGVMTrainer):
 
 
 class Watch(HookBase):
-    """Resident memory, in bytes, and open files, every 500 iterations."""
+    """Resident memory, in bytes, and open files, 40 times."""
 
-    def __init__(self):
+    def __init__(self, period: int):
+        self.period = period
         self.rows: list[tuple[int, int, int]] = []
 
     def after_step(self):
-        if self.trainer.iter % 500 == 499:
+        if (self.trainer.iter + 1) % self.period == 0:
             with open("/proc/self/statm") as f:
                 resident = int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
             self.rows.append((self.trainer.iter + 1, resident, len(os.listdir("/proc/self/fd"))))
@@ -187,7 +189,7 @@ def long_worker(steps: int, folder: str, enabled: bool) -> None:
     cfg.SOLVER.CHECKPOINT_PERIOD = steps
     cfg.AGVM.START_ITER, cfg.AGVM.ENABLED = 100, enabled
     trainer = TinyTrainer(cfg)
-    watch = Watch()
+    watch = Watch(steps // 40)
     trainer.register_hooks([watch])
     trainer.train()
     with open(os.path.join(folder, f"watch{comm.get_rank()}.json"), "w") as f:

@@ -27,8 +27,10 @@ def test_memory_and_files_do_not_grow_beyond_detectron2s_own():
     for rank in ("rank0", "rank1"):
         agvm, plain = (result[kind][rank] for kind in ("agvm", "plain"))
         assert agvm["open_files"][0] == agvm["open_files"][1]
-        # 1 kB a step is what Detectron2's EventStorage keeps; a leaked gradient would be more.
-        assert agvm["growth_kB_per_1000_steps"] < plain["growth_kB_per_1000_steps"] + 1500
+        # About 1 kB a step is what Detectron2's EventStorage keeps, a little more with AGVM's
+        # scalars; a tensor of 64 floats kept in each step would be 0.5 kB more than that.
+        more = agvm["growth_kB_per_1000_steps"] - plain["growth_kB_per_1000_steps"]
+        assert more < 400 + 3 * (agvm["standard_error"] + plain["standard_error"])
 
 
 def test_a_worker_that_fails_is_named(digits, tmp_path):
