@@ -266,7 +266,7 @@ def do_run(run: Run, path: str) -> dict:
 
 # The grid. Learning rates that were best at batch 16, in this setting; every other learning rate
 # follows from them.
-BASE_LR = {"SGD": 0.04, "ADAMW": 0.002, "LARS": 4.0, "LAMB": 0.01}
+BASE_LR = {"SGD": 0.08, "ADAMW": 0.002, "LARS": 4.0, "LAMB": 0.01}
 SEEDS = (1, 2, 3)
 EPOCHS = 16
 

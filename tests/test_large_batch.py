@@ -36,10 +36,10 @@ def test_averaged_takes_the_ratio_of_averaged_moments():
 
 
 def test_learning_rates_follow_the_rules():
-    # sqrt(8) = 2.83 and 8 times 0.04, which is linear and the paper's at batch 128.
-    assert learning_rates("sgd", 128) == [0.05657, 0.1131, 0.1903, 0.32]
+    # sqrt(8) = 2.83 and 8 times 0.08, which is linear and the paper's at batch 128.
+    assert learning_rates("sgd", 128) == [0.1131, 0.2263, 0.3805, 0.64]
     assert learning_rates("agvm", 128) == learning_rates("sgd", 128)
-    assert learning_rates("gain", 128) == [0.02, 0.04, 0.08]
+    assert learning_rates("gain", 128) == [0.04, 0.08, 0.16]
     assert len(learning_rates("adamw", 128)) == 4
 
 
@@ -62,11 +62,11 @@ def test_the_best_learning_rate_gets_the_other_seeds(tmp_path):
     cell = Cell("faster_rcnn", "sgd", 16, 4)
     path = tmp_path / "rows.jsonl"
     todo = large_batch.pending([cell], str(path), set(), (1, 2, 3))
-    assert [run.lr for run in todo] == [0.02, 0.04, 0.08] and {run.seed for run in todo} == {1}
+    assert [run.lr for run in todo] == [0.04, 0.08, 0.16] and {run.seed for run in todo} == {1}
     assert large_batch.pending([cell], str(path), {todo[0]}, (1, 2, 3)) == todo[1:]
     path.write_text("".join(json.dumps(row(run, run.lr)) + "\n" for run in todo))
     rest = large_batch.pending([cell], str(path), set(), (1, 2, 3))
-    assert [(run.lr, run.seed) for run in rest] == [(0.08, 2), (0.08, 3)]
+    assert [(run.lr, run.seed) for run in rest] == [(0.16, 2), (0.16, 3)]
 
 
 def test_tables(tmp_path):
