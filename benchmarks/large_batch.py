@@ -297,8 +297,8 @@ class Cell(NamedTuple):
     options: str = ""
 
     def runs(self, rows: dict[Run, dict], seeds: tuple[int, ...] = SEEDS) -> Iterator[Run]:
-        """Those that can start now: every learning rate with the first seed; then the best one, and
-        the rule's, with the others."""
+        """Those that can start now: every learning rate with the first seed; then the best one with
+        the others."""
         p, m, b, e, o = self
         tuning = [Run(p, m, b, lr, seeds[0], e, o) for lr in learning_rates(m, b)]
         yield from tuning
