@@ -6,7 +6,6 @@ alone: not on how many loader processes there are, nor on when the run was inter
 
 from __future__ import annotations
 import contextlib
-import copy
 import functools
 import itertools
 import logging
@@ -101,7 +100,7 @@ class _Images(Dataset):
         """None where the mapper leaves an image out, as Detectron2 allows."""
         record = self.dicts[index]
         try:
-            return self.mapper(copy.deepcopy(record))
+            return self.mapper(record)
         except Exception as error:
             name = record.get("file_name", f"number {index}")
             raise BadImageError(f"'{name}': {type(error).__name__}: {error}") from error
