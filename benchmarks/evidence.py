@@ -17,6 +17,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from agvm_d2.solver import scaled_lr
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESULTS = os.path.join(ROOT, "benchmarks/results/large_batch.jsonl")
 DOCUMENT = os.path.join(ROOT, "docs/evidence.md")
@@ -28,12 +30,16 @@ NAMES = {
     "agvm_split": "AGVM, split",
     "averaged": "AGVM of averaged moments",
     "gain": "gain per module",
+    "like_agvm": "constant, as AGVM's",
+    "like_gain": "constant, as the gain's",
     "adamw": "AdamW",
     "agvm_adamw": "AGVM on AdamW",
     "lars": "LARS",
     "lamb": "LAMB",
 }
-COLOURS = dict(zip(NAMES, plt.cm.tab10.colors, strict=False))
+COLOURS = dict(zip(NAMES, plt.cm.tab20.colors[::2] + plt.cm.tab20.colors[1::2], strict=False))
+PLAIN = {"agvm_adamw": "adamw", "lars": "lars", "lamb": "lamb", "adamw": "adamw"}  # else sgd
+HALVED = "SOLVER.MICRO_BATCH_SIZE 8"  # batch 16 then has two gradients to compare
 KEPT = 0.98  # of the accuracy at batch 16
 WORKS = 0.9  # of a method's best accuracy at a batch: a learning rate that works
 
@@ -45,7 +51,14 @@ class Cell(NamedTuple):
     method: str
     batch: int
     epochs: int
-    options: str
+    options: str = ""
+    workers: int = 1
+
+    @property
+    def varied(self) -> str:
+        """What differs from the setting itself."""
+        workers = f"{self.workers} workers" if self.workers > 1 else ""
+        return ", ".join(filter(None, [workers, self.options and f"`{self.options}`"]))
 
 
 def read(path: str = RESULTS) -> dict[Cell, dict[float, list[dict]]]:
@@ -53,7 +66,7 @@ def read(path: str = RESULTS) -> dict[Cell, dict[float, list[dict]]]:
     runs: dict = {}
     with open(path) as f:
         for row in map(json.loads, f):
-            cell = Cell(*(row[key] for key in Cell._fields))
+            cell = Cell(**{key: row[key] for key in Cell._fields if key in row})
             runs[cell, row["lr"], row["seed"]] = row
     cells: dict = defaultdict(lambda: defaultdict(list))
     for cell, lr, seed in sorted(runs, key=lambda k: (k[0], k[1], k[2])):
@@ -93,14 +106,17 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]) + "\n"
 
 
+def order(cell: Cell) -> tuple:
+    return cell.pipeline, cell.epochs, cell.batch, [*NAMES].index(cell.method), cell.varied
+
+
 def by_batch(cells, varied: bool = False) -> str:
-    """The cells of the setting itself, or those that vary it by config keys."""
+    """The cells of the setting itself, or those that vary it."""
     rows = []
-    for cell, lrs in sorted(
-        cells.items(), key=lambda x: (x[0].pipeline, x[0].batch, [*NAMES].index(x[0].method))
-    ):
-        if bool(cell.options) != varied:
+    for cell in sorted(cells, key=order):
+        if bool(cell.varied) != varied:
             continue
+        lrs = cells[cell]
         chosen = best(lrs)
         every = [row for runs in lrs.values() for row in runs]
         rows.append(
@@ -110,25 +126,25 @@ def by_batch(cells, varied: bool = False) -> str:
                 NAMES[cell.method],
                 spread(accuracy(lrs[chosen])),
                 f"{chosen:g}",
-                band(lrs),
+                *([cell.varied] if varied else [band(lrs)]),
                 f"{every[0]['iterations']}",
                 f"{sum(row['diverged_at'] is not None for row in every)} of {len(every)}",
                 f"{statistics.median(row['seconds'] for row in every):.0f}",
-                *([f"`{cell.options}`"] if varied else []),
             ]
         )
-    head = ["pipeline", "batch", "method", "accuracy, tuned", "LR", "LRs that work", "iterations"]
-    return table([*head, "diverged", "s a run", *(["varied"] if varied else [])], rows)
+    head = ["pipeline", "batch", "method", "accuracy, tuned", "LR"]
+    head += ["varied" if varied else "LRs that work", "iterations", "diverged", "s a run"]
+    return table(head, rows)
 
 
 def by_lr(cells) -> str:
     parts = []
-    places = sorted({(c.pipeline, c.batch, c.epochs) for c in cells if not c.options})
+    places = sorted({(c.pipeline, c.batch, c.epochs) for c in cells if not c.varied})
     for pipeline, batch, epochs in places:
         chosen = {
             c.method: lrs
             for c, lrs in cells.items()
-            if (c.pipeline, c.batch, c.epochs, c.options) == (pipeline, batch, epochs, "")
+            if (c.pipeline, c.batch, c.epochs, c.varied) == (pipeline, batch, epochs, "")
         }
         grid = sorted({lr for lrs in chosen.values() for lr in lrs})
         rows = [
@@ -146,50 +162,105 @@ def by_lr(cells) -> str:
     return "\n".join(parts)
 
 
+def small(cells, cell: Cell) -> dict[float, list[dict]] | None:
+    """The runs at batch 16 that this cell is held against: of its optimizer without AGVM."""
+    method = PLAIN.get(cell.method, "sgd")
+    return cells.get(cell._replace(method=method, batch=16, options="", workers=1))
+
+
+def by_rule(cells, cell: Cell, rule: str) -> list[dict] | None:
+    """The runs at the learning rate that a rule derives from the best one at batch 16."""
+    reference = small(cells, cell)
+    if reference is None:
+        return None
+    lr = best(reference) * (1 if rule == "none" else scaled_lr(cell.batch, rule, 1.0))
+    return next((rows for x, rows in cells[cell].items() if abs(x / lr - 1) < 1e-3), None)
+
+
+def own_rule(method: str) -> str:
+    """The rule one would use untuned: the gain's own is batch 16's learning rate, the paper's for
+    SGD, the square root for the rest."""
+    if "gain" in method:
+        return "none"
+    return "sqrt" if method in PLAIN else "linear-sqrt"
+
+
+def untuned(cells) -> str:
+    rows = []
+    for cell in sorted(cells, key=order):
+        if cell.varied or cell.batch == 16 or small(cells, cell) is None:
+            continue
+        found = [by_rule(cells, cell, rule) for rule in ("none", "sqrt", "linear-sqrt", "linear")]
+        tuned = spread(accuracy(cells[cell][best(cells[cell])]))
+        rows.append(
+            [cell.pipeline, f"{cell.batch}", NAMES[cell.method]]
+            + [spread(accuracy(runs)) if runs else "" for runs in found]
+            + [tuned]
+        )
+    head = ["pipeline", "batch", "method", "batch 16's LR", "square root", "paper's rule", "linear"]
+    return table([*head, "tuned"], rows)
+
+
 def kept(cells) -> str:
     """The largest batch at which a method keeps KEPT of its optimizer's accuracy at batch 16."""
-    base = {"agvm_adamw": "adamw", "agvm": "sgd", "agvm_split": "sgd", "averaged": "sgd"}
-    base["gain"] = "sgd"
     tuned: dict = defaultdict(dict)
-    for cell, lrs in cells.items():
-        if not cell.options:
-            tuned[cell.pipeline, cell.epochs, cell.method][cell.batch] = statistics.fmean(
-                accuracy(lrs[best(lrs)])
-            )
-    rows = []
-    for (pipeline, epochs, method), values in sorted(tuned.items()):
-        reference = tuned.get((pipeline, epochs, base.get(method, method)), {}).get(16)
+    ruled: dict = defaultdict(dict)
+    for cell in cells:
+        reference = None if cell.varied else small(cells, cell)
         if reference is None:
             continue
-        reached = [b for b, v in {16: reference, **values}.items() if v >= KEPT * reference]
-        shares = ", ".join(f"{b}: {100 * v / reference:.0f} %" for b, v in sorted(values.items()))
-        rows.append([pipeline, NAMES[method], f"{max(reached)}", shares])
-    head = ["pipeline", "method, tuned", f"largest batch that keeps {KEPT:.0%}"]
-    return table([*head, "share of the accuracy at batch 16"], rows)
+        base = statistics.fmean(accuracy(reference[best(reference)]))
+        key = cell.pipeline, cell.epochs, cell.method
+        tuned[key][16] = ruled[key][16] = 1.0
+        for shares, rows in (
+            (tuned, cells[cell][best(cells[cell])]),
+            (ruled, by_rule(cells, cell, own_rule(cell.method))),
+        ):
+            if rows:
+                shares[key][cell.batch] = statistics.fmean(accuracy(rows)) / base
+    rows = [
+        [
+            pipeline,
+            NAMES[method],
+            *(
+                f"{max(b for b, x in shares.items() if x >= KEPT)}: "
+                + ", ".join(f"{100 * shares[b]:.0f} % at {b}" for b in sorted(shares) if b > 16)
+                for shares in (tuned[key], ruled[key])
+            ),
+        ]
+        for key in sorted(tuned, key=lambda k: (k[0], k[1], [*NAMES].index(k[2])))
+        if len(tuned[key]) > 1
+        for pipeline, _, method in [key]
+    ]
+    head = [f"largest batch that keeps {KEPT:.0%}, {how}" for how in ("tuned", "by rule")]
+    return table(["pipeline", "method", *head], rows)
 
 
 def variances(cells) -> str:
     rows = []
-    for cell, lrs in sorted(cells.items()):
-        row = lrs[best(lrs)][0]
+    for cell in sorted(cells, key=order):
+        if cell.method not in ("sgd", "agvm", "adamw") or cell.options not in ("", HALVED):
+            continue
+        row = cells[cell][best(cells[cell])][0]
         for part in ("before_drop", "after_drop"):
             found = {m: v[part] for m, v in row["variance"].items() if part in v}
             if found:
                 rows.append(
                     [
-                        cell.pipeline + (f", `{cell.options}`" if cell.options else ""),
+                        cell.pipeline,
+                        f"{cell.batch}" + (", micro-batches of 8" if cell.options else ""),
                         NAMES[cell.method],
-                        f"{cell.batch}",
-                        part.replace("_", " the first ").replace("drop", "LR drop"),
+                        part.split("_")[0],
                         ", ".join(f"{m} {v:.2f}" for m, v in found.items()),
                     ]
                 )
-    return table(["pipeline", "method", "batch", "when", "mean variance φ"], rows)
+    head = ["pipeline", "batch", "method", "LR drop", "mean variance φ"]
+    return table(head, rows)
 
 
 def draw(cells, folder: str) -> None:
     """AP against batch, AP against LR at batch 128 and 256, factors: evidence.png."""
-    rcnn = {c: lrs for c, lrs in cells.items() if c.pipeline == "faster_rcnn" and not c.options}
+    rcnn = {c: lrs for c, lrs in cells.items() if c.pipeline == "faster_rcnn" and not c.varied}
     figure, axes = plt.subplots(1, 4, figsize=(17, 3.8), layout="constrained")
     for method, name in NAMES.items():
         points = []
@@ -233,6 +304,8 @@ def report(cells) -> str:
             kept(cells),
             "### Accuracy against batch\n",
             by_batch(cells),
+            "### By rule\n",
+            untuned(cells),
             "### Accuracy against learning rate\n",
             by_lr(cells),
             "### Other settings\n",

@@ -24,12 +24,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from typing import NamedTuple
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
-from detectron2.engine import HookBase, default_setup
+from detectron2.engine import HookBase, default_setup, launch
+from detectron2.utils import comm
 from tqdm import tqdm
 
 import agvm_d2.data  # noqa: F401  registers the bundled datasets
@@ -42,23 +42,45 @@ from agvm_d2.solver import scaled_lr
 from agvm_d2.variance import lr_ratio, pairwise_variance
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+from benchmarks.pretrain import pretrain  # noqa: E402
+
 RESULTS = os.path.join(ROOT, "benchmarks/results/large_batch.jsonl")
-WEIGHTS = os.path.join(ROOT, "output/pretrained/thin_R_50.pth")
+PRETRAINED = os.path.join(ROOT, "output/pretrained")
 IMAGES, UNIT = 2000, 16  # of digits_train; of a micro-batch
 
-PIPELINES = {  # config, metric
-    "faster_rcnn": ("Base-RCNN-FPN-Digits.yaml", ("bbox", "AP")),
-    "mask_rcnn": (
+
+class Pipeline(NamedTuple):
+    config: str
+    task: str
+    metric: str
+    backbone: str = "resnet"  # of benchmarks/pretrain.py
+    options: str = ""
+
+
+PIPELINES = {
+    "faster_rcnn": Pipeline("Base-RCNN-FPN-Digits.yaml", "bbox", "AP"),
+    "faster_rcnn_swin": Pipeline(
+        "Base-RCNN-FPN-Digits.yaml",
+        "bbox",
+        "AP",
+        "swin",
+        "MODEL.BACKBONE.NAME build_thin_swin_fpn_backbone",
+    ),
+    "mask_rcnn": Pipeline(
         "Digits-InstanceSegmentation/mask_rcnn_thin_R_50_FPN_6ep_bs16_adamw_agvm.yaml",
-        ("segm", "AP"),
+        "segm",
+        "AP",
     ),
-    "semantic_fpn": (
+    "semantic_fpn": Pipeline(
         "Digits-SemanticSegmentation/semantic_fpn_thin_R_50_4ep_bs16_adamw_agvm.yaml",
-        ("sem_seg", "mIoU"),
+        "sem_seg",
+        "mIoU",
     ),
-    "panoptic_fpn": (
+    "panoptic_fpn": Pipeline(
         "Digits-PanopticSegmentation/panoptic_fpn_thin_R_50_6ep_bs16_adamw_agvm.yaml",
-        ("panoptic_seg", "PQ"),
+        "panoptic_seg",
+        "PQ",
     ),
 }
 SMALL = """
@@ -88,6 +110,24 @@ class Gain(Modulator):
         self.factors = (self.unit_sq / self.mean_sq).clamp(1, self.num_units)
 
 
+class LikeAGVM(Modulator):
+    """The factors that AGVM had on average before the LR drop at batch 128, from its first
+    iteration to the end: is it the measuring that helps?"""
+
+    backbone, others = 1.0, 1.65
+
+    def update(self, moments: Moments) -> None:
+        super().update(moments)
+        self.factors.fill_(self.others)
+        self.factors[self.names.index("backbone")] = self.backbone
+
+
+class LikeGain(LikeAGVM):
+    """The same for the gain."""
+
+    backbone, others = 5.5, 1.75
+
+
 class Method(NamedTuple):
     optimizer: str
     mode: str = "modulate"
@@ -101,6 +141,8 @@ METHODS = {
     "agvm_split": Method("SGD", estimator="split"),
     "averaged": Method("SGD", modulator=Averaged),
     "gain": Method("SGD", modulator=Gain),
+    "like_agvm": Method("SGD", modulator=LikeAGVM),
+    "like_gain": Method("SGD", modulator=LikeGain),
     "adamw": Method("ADAMW", "monitor"),
     "agvm_adamw": Method("ADAMW"),
     "lars": Method("LARS", "monitor"),
@@ -118,6 +160,12 @@ class Run(NamedTuple):
     seed: int
     epochs: int
     options: str = ""  # more config keys and values
+    workers: int = 1
+
+    @classmethod
+    def of(cls, row: dict) -> Run:
+        """That of a line of the results."""
+        return cls(**{key: row[key] for key in cls._fields if key in row})
 
     @property
     def name(self) -> str:
@@ -128,12 +176,13 @@ def config(run: Run, folder: str) -> CfgNode:
     """Warm-up over a tenth of the run, AGVM from 14 % on, the learning rate divided by 10 at 3/4
     and 7/8: the paper's proportions. The global norm is clipped throughout: clipped until AGVM
     starts only, as in the paper, runs diverge as soon as that ends."""
-    method = METHODS[run.method]
+    method, pipeline = METHODS[run.method], PIPELINES[run.pipeline]
+    weights = os.path.join(PRETRAINED, f"{pipeline.backbone}.pth")
     steps = run.epochs * IMAGES // run.batch
     start = round(0.14 * steps)
     opts = [
         *SMALL, *f"""
-        MODEL.WEIGHTS {WEIGHTS} SEED {run.seed} OUTPUT_DIR {folder}
+        MODEL.WEIGHTS {weights} {pipeline.options} SEED {run.seed} OUTPUT_DIR {folder}
         SOLVER.OPTIMIZER {method.optimizer} SOLVER.BASE_LR {run.lr} SOLVER.IMS_PER_BATCH {run.batch}
         SOLVER.MICRO_BATCH_SIZE {UNIT}
         SOLVER.WEIGHT_DECAY {0.05 if method.optimizer in ("ADAMW", "LAMB") else 0.0001}
@@ -143,7 +192,7 @@ def config(run: Run, folder: str) -> CfgNode:
         AGVM.MOMENTUM 0.9
         """.split(), *run.options.split(),
     ]  # fmt: skip
-    return read_config(os.path.join(ROOT, "configs", PIPELINES[run.pipeline][0]), opts)
+    return read_config(os.path.join(ROOT, "configs", pipeline.config), opts)
 
 
 class Cached:
@@ -203,11 +252,11 @@ class Record(HookBase):
         return found
 
 
-def train(run: Run, folder: str) -> dict:
-    """One run; what its line in the results says."""
+def train(run: Run, folder: str) -> None:
+    """One run, in each of its workers; what its line in the results says goes to row.json."""
     torch.set_num_threads(1)
     cfg = config(run, folder)
-    check_config(cfg, 1)
+    check_config(cfg, run.workers)
     cfg.freeze()
     default_setup(cfg, argparse.Namespace(config_file="", eval_only=False))
     trainer = Trainer(cfg)
@@ -216,15 +265,16 @@ def train(run: Run, folder: str) -> dict:
     hook.modulator.__class__ = METHODS[run.method].modulator  # another rule, the same state
     record = Record(hook.modulator)
     trainer.register_hooks([record])
-    task, metric = PIPELINES[run.pipeline][1]
+    _, task, metric, *_ = PIPELINES[run.pipeline]
     start = time.time()
     result: dict = {"accuracy": 0.0, "diverged_at": None}
     try:
         trainer.train()
-        result["accuracy"] = round(trainer._last_eval_results[task][metric], 3)
+        if comm.is_main_process():
+            result["accuracy"] = round(trainer._last_eval_results[task][metric], 3)
     except FloatingPointError:
         result["diverged_at"] = trainer.iter
-    return {
+    row = {
         **run._asdict(),
         "metric": f"{task} {metric}",
         **result,
@@ -234,6 +284,9 @@ def train(run: Run, folder: str) -> dict:
         "torch": torch.__version__,
         "machine": f"{cpu()}, 1 thread",
     }
+    if comm.is_main_process():
+        with open(os.path.join(folder, "row.json"), "w") as f:
+            json.dump(row, f)
 
 
 def cpu() -> str:
@@ -250,13 +303,23 @@ def read(path: str) -> dict[Run, dict]:
         return {}
     with open(path) as f:
         rows = [json.loads(line) for line in f]
-    return {Run(**{key: row[key] for key in Run._fields}): row for row in rows}
+    return {Run.of(row): row for row in rows}
+
+
+def backbones(pipelines: list[str]) -> None:
+    """Train those that are not there yet."""
+    for backbone in sorted({PIPELINES[name].backbone for name in pipelines}):
+        path = os.path.join(PRETRAINED, f"{backbone}.pth")
+        if not os.path.exists(path):
+            print(f"pre-training {backbone}: {pretrain(path, backbone)}")
 
 
 def do_run(run: Run, path: str) -> dict:
     folder = os.path.join(ROOT, "output/large_batch", run.name)
     shutil.rmtree(folder, ignore_errors=True)
-    row = train(run, folder)
+    launch(train, run.workers, args=(run, folder), dist_url="auto")
+    with open(os.path.join(folder, "row.json")) as f:
+        row = json.load(f)
     with open(path, "a") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         f.write(json.dumps(row) + "\n")
@@ -264,57 +327,82 @@ def do_run(run: Run, path: str) -> dict:
     return row
 
 
-# The grid. Learning rates that were best at batch 16, in this setting; every other learning rate
-# follows from them.
-BASE_LR = {"SGD": 0.08, "ADAMW": 0.002, "LARS": 4.0, "LAMB": 0.01}
+# The grid. Where the search for the best learning rate at batch 16 starts.
+FIRST_LR = {"SGD": 0.08, "ADAMW": 0.002, "LARS": 4.0, "LAMB": 0.01}
 SEEDS = (1, 2, 3)
 EPOCHS = 16
 
 
-def learning_rates(method: str, batch: int) -> list[float]:
-    """The tuning budget of a method at a batch: the rule's learning rates and what lies between."""
-    optimizer = METHODS[method].optimizer
-    base = BASE_LR[optimizer]
-    if batch == 16:
-        factors = [0.5, 1, 2]
-    elif method == "gain":  # its promise: the learning rate of batch 16
-        factors = [0.5, 1, 2]
-    elif optimizer == "SGD":
-        sqrt, paper, linear = (
-            scaled_lr(batch, rule, 1.0) for rule in ("sqrt", "linear-sqrt", "linear")
-        )
-        factors = [sqrt / 2, sqrt, (sqrt * paper) ** 0.5, paper, linear]
-    else:
-        factors = [scaled_lr(batch, "sqrt", f) for f in (0.5, 1, 2, 4)]
-    return sorted({float(f"{base * f:.4g}") for f in factors})
-
-
 class Cell(NamedTuple):
+    """Runs that differ by learning rate and seed; `lr`: this one only, without a search."""
+
     pipeline: str
     method: str
     batch: int
     epochs: int = EPOCHS
     options: str = ""
+    workers: int = 1
+    lr: float | None = None
 
-    def runs(self, rows: dict[Run, dict], seeds: tuple[int, ...] = SEEDS) -> Iterator[Run]:
-        """Those that can start now: every learning rate with the first seed; then the best one with
-        the others."""
-        p, m, b, e, o = self
-        tuning = [Run(p, m, b, lr, seeds[0], e, o) for lr in learning_rates(m, b)]
-        yield from tuning
-        if all(run in rows for run in tuning):
-            best = max(tuning, key=lambda run: rows[run]["accuracy"])
-            for seed in seeds[1:]:
-                yield best._replace(seed=seed)
+    def run(self, lr: float, seed: int) -> Run:
+        return Run(
+            self.pipeline,
+            self.method,
+            self.batch,
+            float(f"{lr:.4g}"),
+            seed,
+            self.epochs,
+            self.options,
+            self.workers,
+        )
+
+    def search(self, rows: dict[Run, dict], first: float, seed: int) -> list[Run]:
+        """`first` and half of it; then on by factors of 2 until the best is not the last one. All
+        runs so far; the search is over when all of them are in `rows`."""
+        low, high = -1, 0
+        while True:
+            tried = [self.run(first * 2.0**k, seed) for k in range(low, high + 1)]
+            if not all(run in rows for run in tried):
+                return tried
+            best = tried.index(max(tried, key=lambda run: rows[run]["accuracy"]))
+            if 0 < best < len(tried) - 1:
+                return tried
+            low, high = low - (best == 0), high + (best > 0)
+
+    def runs(self, rows: dict[Run, dict], seeds: tuple[int, ...] = SEEDS) -> list[Run]:
+        """Those that can start now, finished ones too: the search with the first seed, and the
+        paper's rule; then the best learning rate with the other seeds."""
+        if self.lr is not None:
+            return [self.run(self.lr, seed) for seed in seeds]
+        optimizer = METHODS[self.method].optimizer
+        if self.batch == UNIT:
+            runs = self.search(rows, FIRST_LR[optimizer], seeds[0])
+        else:
+            small = self._replace(method=optimizer.lower(), batch=UNIT)
+            found = small.search(rows, FIRST_LR[optimizer], seeds[0])
+            if not all(run in rows for run in found):
+                return []
+            base = max(found, key=lambda run: rows[run]["accuracy"]).lr
+            # The gain's promise is that the learning rate of batch 16 stays.
+            factor = 1 if "gain" in self.method else scaled_lr(self.batch, "sqrt", 1.0)
+            runs = self.search(rows, base * factor, seeds[0])
+            if optimizer == "SGD" and "gain" not in self.method:
+                runs.append(self.run(base * scaled_lr(self.batch, "linear-sqrt", 1.0), seeds[0]))
+        if all(run in rows for run in runs):
+            best = max(runs, key=lambda run: rows[run]["accuracy"])
+            runs += [best._replace(seed=seed) for seed in seeds[1:]]
+        return runs
 
 
 GRID = [
     Cell("faster_rcnn", "sgd", 16),
-    *(Cell("faster_rcnn", m, b) for b in (128, 64, 256) for m in ("sgd", "agvm", "gain")),
+    *(Cell("faster_rcnn", m, b) for b in (128, 256, 64) for m in ("sgd", "agvm", "gain")),
+    Cell("semantic_fpn", "sgd", 16),
+    *(Cell("semantic_fpn", m, b) for b in (128, 256) for m in ("sgd", "agvm", "gain")),
     Cell("faster_rcnn", "adamw", 16),
-    *(Cell("faster_rcnn", m, b) for b in (128, 256) for m in ("adamw", "agvm_adamw")),
+    *(Cell("faster_rcnn", m, 128) for m in ("adamw", "agvm_adamw")),
 ]
-QUICK = [Cell("faster_rcnn", m, 64, 2) for m in ("sgd", "agvm")]
+QUICK = [Cell("faster_rcnn", m, b, 2) for m, b in (("sgd", 16), ("sgd", 64), ("agvm", 64))]
 
 
 def pending(cells: list[Cell], path: str, running: set[Run], seeds) -> list[Run]:
@@ -325,6 +413,7 @@ def pending(cells: list[Cell], path: str, running: set[Run], seeds) -> list[Run]
 
 def grid(cells: list[Cell], path: str, jobs: int, seeds: tuple[int, ...], minutes: float) -> None:
     """Run what is missing, `jobs` at a time; start nothing new after `minutes`."""
+    backbones([cell.pipeline for cell in cells])
     ends = time.time() + 60 * minutes
     running: dict[concurrent.futures.Future, Run] = {}
     bar = tqdm(unit="run")
@@ -372,6 +461,7 @@ def main() -> None:
     one.add_argument("--seed", type=int, default=1)
     one.add_argument("--epochs", type=int, default=EPOCHS)
     one.add_argument("--options", default="", help="'KEY VALUE KEY VALUE'")
+    one.add_argument("--workers", type=int, default=1)
     every = commands.add_parser("grid", help="all runs that are missing")
     every.add_argument("--quick", action="store_true", help="two methods, two epochs, one seed")
     every.add_argument("--jobs", type=int, default=2)
@@ -379,13 +469,9 @@ def main() -> None:
     for part in (one, every):
         part.add_argument("--results", metavar="JSONL")
     args = parser.parse_args()
-    if not os.path.exists(WEIGHTS):
-        sys.path.insert(0, os.path.join(ROOT, "benchmarks"))
-        from pretrain import pretrain
-
-        print("pre-training the backbone:", pretrain(WEIGHTS))
     if args.command == "run":
         run = Run(**{key: getattr(args, key) for key in Run._fields})
+        backbones([run.pipeline])
         row = do_run(run, args.results or os.path.join(ROOT, "output/large_batch.jsonl"))
         print(json.dumps({k: v for k, v in row.items() if k not in ("variance", "lr_scale")}))
     elif args.quick:

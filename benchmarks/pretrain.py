@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""A thin ResNet-50 trained to tell the bundled digits apart, as ImageNet weights stand for COCO.
+"""A thin backbone trained to tell the bundled digits apart, as ImageNet weights stand for COCO.
 
-    python benchmarks/pretrain.py --out output/pretrained/thin_R_50.pth
+    python benchmarks/pretrain.py --backbone resnet --out output/pretrained/resnet.pth
 
 The digits of `digits_train` are cut out with 1 to 2 times their box around them, at 32x32 pixels;
 the validation images are never seen. What is written holds `backbone.bottom_up.*` only.
@@ -16,7 +16,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import build_resnet_backbone
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, SwinTransformer
+from detectron2.modeling.backbone import Backbone, build_resnet_backbone
 from PIL import Image
 from torch import nn
 
@@ -26,6 +27,31 @@ from agvm_d2.config import read_config
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIG = os.path.join(ROOT, "configs/Base-RCNN-FPN-Digits.yaml")
 SIDE = 32
+
+
+def build_thin_swin(cfg: CfgNode, input_shape: ShapeSpec | None = None) -> SwinTransformer:
+    return SwinTransformer(
+        embed_dim=24,
+        depths=[2, 2, 2, 2],
+        num_heads=[1, 2, 4, 8],
+        window_size=4,
+        drop_path_rate=0.0,
+        frozen_stages=cfg.MODEL.BACKBONE.FREEZE_AT,  # 2: patches and the first stage, as ResNet's
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_thin_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    stages = ["p0", "p1", "p2", "p3"]
+    return FPN(build_thin_swin(cfg), stages, cfg.MODEL.FPN.OUT_CHANNELS)
+
+
+# The classifier's stages, each pooled to this many cells a side. A network of 50 thin layers with a
+# classifier on the last stage alone takes several times as long to learn anything.
+BACKBONES = {
+    "resnet": (build_resnet_backbone, {"res3": 2, "res4": 2, "res5": 1}),
+    "swin": (build_thin_swin, {"p1": 2, "p2": 2, "p3": 1}),
+}
 
 
 def crops(name: str, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,17 +76,15 @@ def crops(name: str, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tens
 
 
 class Classifier(nn.Module):
-    """A linear classifier on each of the last three stages: with one on the last alone, a thin
-    network of 50 layers takes several times as long to learn anything."""
+    """A linear classifier on each of the last three stages."""
 
-    GRID = {"res3": 2, "res4": 2, "res5": 1}  # each stage is pooled to this many cells a side
-
-    def __init__(self, cfg: CfgNode):
+    def __init__(self, cfg: CfgNode, backbone: str):
         super().__init__()
-        self.trunk = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+        build, self.cells = BACKBONES[backbone]
+        self.trunk = build(cfg, ShapeSpec(channels=3))
         shapes = self.trunk.output_shape()
         self.linear = nn.ModuleDict(
-            {name: nn.Linear(shapes[name].channels * n**2, 10) for name, n in self.GRID.items()}
+            {name: nn.Linear(shapes[name].channels * n**2, 10) for name, n in self.cells.items()}
         )
         self.register_buffer("mean", torch.tensor(cfg.MODEL.PIXEL_MEAN).view(3, 1, 1), False)
 
@@ -68,16 +92,18 @@ class Classifier(nn.Module):
         """The logits of each stage."""
         features = self.trunk(images - self.mean)
         return [
-            linear(nn.functional.adaptive_avg_pool2d(features[name], self.GRID[name]).flatten(1))
+            linear(nn.functional.adaptive_avg_pool2d(features[name], self.cells[name]).flatten(1))
             for name, linear in self.linear.items()
         ]
 
 
-def pretrain(out: str, epochs: int = 30, batch: int = 64, lr: float = 0.004) -> dict:
+def pretrain(
+    out: str, backbone: str = "resnet", epochs: int = 30, batch: int = 64, lr: float = 0.004
+) -> dict:
     """Train, write `out`, and tell the accuracy of the last stage on the validation digits."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    model = Classifier(read_config(CONFIG, []))
+    model = Classifier(read_config(CONFIG, []), backbone)
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
     start = time.time()
     for epoch in range(epochs):
@@ -110,10 +136,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", default=os.path.join(ROOT, "output/pretrained/thin_R_50.pth"))
+    parser.add_argument("--backbone", choices=BACKBONES, default="resnet")
+    parser.add_argument("--out", required=True)
     parser.add_argument("--epochs", type=int, default=30)
     args = parser.parse_args()
-    result = pretrain(args.out, args.epochs)
+    result = pretrain(args.out, args.backbone, args.epochs)
     print(f"{result['accuracy']:.3f} of the validation digits right, {result['seconds']:.0f} s")
 
 
