@@ -77,6 +77,9 @@ def read_config(path: str, opts: list[str]) -> CN:
     add_agvm_config(cfg)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--config-file: '{path}' is not a file")
+    flags = [x for x in opts if x.startswith("--")]
+    if flags:  # argparse takes all that follows the first key for keys and values
+        raise ValueError(f"{flags[0]}: flags go before the KEY VALUE pairs.")
     try:
         cfg.merge_from_file(path)
         cfg.merge_from_list(opts)

@@ -124,6 +124,7 @@ def args(*opts, config=DIGITS, num_gpus=1, eval_only=False):
         (["DATASETS.TRAIN", "('coco_2017_train',)"], "coco_2017_train.*DETECTRON2_DATASETS"),
         (["MODEL.WEIGHTS", "no/such.pth"], "MODEL.WEIGHTS: 'no/such.pth' is not there"),
         (["MODEL.DEVICE", "cuda"], "MODEL.DEVICE: found 'cuda', .*MODEL.DEVICE cpu"),
+        (["AGVM.INTERVAL", "5", "--num-gpus", "2"], "--num-gpus: flags go before the KEY VALUE"),
     ],
 )
 def test_bad_config_values(opts, message, tmp_path, monkeypatch):
