@@ -40,6 +40,7 @@ NAMES = {
 COLOURS = dict(zip(NAMES, plt.cm.tab20.colors[::2] + plt.cm.tab20.colors[1::2], strict=False))
 PLAIN = {"agvm_adamw": "adamw", "lars": "lars", "lamb": "lamb", "adamw": "adamw"}  # else sgd
 HALVED = "SOLVER.MICRO_BATCH_SIZE 8"  # batch 16 then has two gradients to compare
+EPOCHS = 16  # the setting's own
 KEPT = 0.98  # of the accuracy at batch 16
 WORKS = 0.9  # of a method's best accuracy at a batch: a learning rate that works
 
@@ -258,39 +259,68 @@ def variances(cells) -> str:
     return table(head, rows)
 
 
+def mean_sd(rows: list[dict]) -> tuple[float, float]:
+    values = accuracy(rows)
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def log_axis(axis, ticks: list[float]) -> None:
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axis.minorticks_off()
+
+
 def draw(cells, folder: str) -> None:
-    """AP against batch, AP against LR at batch 128 and 256, factors: evidence.png."""
-    rcnn = {c: lrs for c, lrs in cells.items() if c.pipeline == "faster_rcnn" and not c.varied}
-    figure, axes = plt.subplots(1, 4, figsize=(17, 3.8), layout="constrained")
+    """Faster R-CNN: AP against batch, AP against LR, variances, factors: evidence.png."""
+    rcnn = {c: cells[c] for c in sorted(cells, key=order) if c.pipeline == "faster_rcnn"}
+    grid = {c: lrs for c, lrs in rcnn.items() if not c.varied}
+    figure, axes = plt.subplots(2, 3, figsize=(14, 7.5), layout="constrained")
+    axes = axes.flatten()
+    batches = sorted({c.batch for c in grid})
     for method, name in NAMES.items():
-        points = []
-        for cell, lrs in sorted(rcnn.items()):
-            if cell.method == method:
-                values = accuracy(lrs[best(lrs)])
-                sd = statistics.stdev(values) if len(values) > 1 else 0
-                points.append((cell.batch, statistics.fmean(values), sd))
+        style = {"marker": "o", "label": name, "color": COLOURS[method], "capsize": 3}
+        points = {c.batch: mean_sd(lrs[best(lrs)]) for c, lrs in grid.items() if c.method == method}
+        if method != "sgd" and points:  # they differ from their optimizer with several gradients
+            reference = small(cells, next(c for c in grid if c.method == method))
+            if reference:
+                points = {16: mean_sd(reference[best(reference)])} | points
         if points:
-            axes[0].errorbar(
-                *zip(*points, strict=True), capsize=3, marker="o", label=name, color=COLOURS[method]
-            )
-        for axis, batch in zip(axes[1:3], (128, 256), strict=True):
-            for cell, lrs in rcnn.items():
-                if (cell.method, cell.batch) == (method, batch):
-                    means = [statistics.fmean(accuracy(rows)) for rows in lrs.values()]
-                    axis.plot([*lrs], means, marker="o", label=name, color=COLOURS[method])
-                    axis.set_title(f"batch {batch}")
-    axes[0].set(xscale="log", xlabel="batch", ylabel="box AP, learning rate tuned")
+            axes[0].errorbar([*points], *zip(*points.values(), strict=True), **style)
+        for axis, batch in zip(axes[1:4], (64, 128, 256), strict=True):
+            lrs = grid.get(Cell("faster_rcnn", method, batch, EPOCHS), {})
+            points = {lr: mean_sd(rows) for lr, rows in lrs.items()}
+            if points:
+                axis.errorbar([*points], *zip(*points.values(), strict=True), **style)
+    axes[0].set(xlabel="batch", ylabel="box AP, learning rate tuned")
+    log_axis(axes[0], batches)
     axes[0].legend(frameon=False, fontsize=8)
-    for axis in axes[1:3]:
-        axis.set(xscale="log", xlabel="learning rate", ylabel="box AP, mean over seeds")
-    for cell, lrs in rcnn.items():
-        if (cell.method, cell.batch) == ("agvm", 256):
-            scale = lrs[best(lrs)][0]["lr_scale"]
-            for module in (m for m in scale if m != "iteration"):
-                axes[3].plot(scale["iteration"], scale[module], label=module)
-            axes[3].legend(frameon=False, fontsize=8)
-    axes[3].set(xlabel="iteration", ylabel="LR factor", title="AGVM, batch 256")
-    figure.savefig(os.path.join(folder, "evidence.png"), dpi=110)
+    for axis, batch in zip(axes[1:4], (64, 128, 256), strict=True):
+        axis.set(xlabel="learning rate", ylabel="box AP", title=f"batch {batch}")
+        log_axis(axis, [0.02, 0.04, 0.08, 0.16, 0.32, 0.64])
+
+    bars = [
+        (cell, lrs[best(lrs)][0]["variance"])
+        for cell, lrs in rcnn.items()
+        if cell.method == "sgd" and cell.options in ("", HALVED)
+    ]
+    bars = [(cell, found) for cell, found in bars if any(found.values())]
+    for i, (cell, found) in enumerate(bars):
+        width = 0.8 / len(bars)
+        values = [v.get("before_drop", 0) for v in found.values()]
+        places = [x + i * width for x in range(len(values))]
+        axes[4].bar(places, values, 0.9 * width, label=f"batch {cell.batch}")
+        axes[4].set_xticks([x + 0.4 - width / 2 for x in range(len(values))], [*found])
+    axes[4].set(ylabel="variance φ before the LR drop", title="SGD")
+    axes[4].legend(frameon=False, fontsize=8)
+
+    lrs = grid.get(Cell("faster_rcnn", "agvm", 256, EPOCHS))
+    if lrs:
+        scale = lrs[best(lrs)][0]["lr_scale"]
+        for module in (m for m in scale if m != "iteration"):
+            axes[5].plot(scale["iteration"], scale[module], label=module)
+        axes[5].legend(frameon=False, fontsize=8)
+    axes[5].set(xlabel="iteration", ylabel="LR factor", title="AGVM, batch 256")
+    figure.savefig(os.path.join(folder, "evidence.png"), dpi=100)
 
 
 def report(cells) -> str:

@@ -271,7 +271,8 @@ def train(run: Run, folder: str) -> None:
     try:
         trainer.train()
         if comm.is_main_process():
-            result["accuracy"] = round(trainer._last_eval_results[task][metric], 3)
+            found = trainer._last_eval_results[task][metric]
+            result["accuracy"] = round(found, 3) if found == found else 0.0  # NaN: nothing found
     except FloatingPointError:
         result["diverged_at"] = trainer.iter
     row = {
