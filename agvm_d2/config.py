@@ -67,7 +67,7 @@ TYPE_MISMATCH = re.compile(
 )
 
 
-def read_config(path: str, opts: list[str]) -> CN:
+def read_config(path: str, opts: list) -> CN:
     """Detectron2's config with this package's keys, the file and then `opts`, KEY VALUE pairs.
 
     Raises:
@@ -77,7 +77,7 @@ def read_config(path: str, opts: list[str]) -> CN:
     add_agvm_config(cfg)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--config-file: '{path}' is not a file")
-    flags = [x for x in opts if x.startswith("--")]
+    flags = [key for key in opts[::2] if key.startswith("--")]
     if flags:  # argparse takes all that follows the first key for keys and values
         raise ValueError(f"{flags[0]}: flags go before the KEY VALUE pairs.")
     try:

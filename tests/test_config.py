@@ -1,9 +1,15 @@
 import pytest
 from toy import toy_config
 
-from agvm_d2.config import check_config, check_datasets, micro_batches
+from agvm_d2.config import check_config, check_datasets, micro_batches, read_config
 
 RULES = "AGVM__MODULES"
+
+
+def test_read_config_takes_values_that_are_not_strings(tmp_path):
+    (tmp_path / "c.yaml").write_text("SEED: 1")
+    cfg = read_config(str(tmp_path / "c.yaml"), ["SEED", 2, "SOLVER.STEPS", (3,)])
+    assert (cfg.SEED, cfg.SOLVER.STEPS) == (2, (3,))
 
 
 def test_the_toy_config_is_good(tmp_path):
