@@ -183,7 +183,8 @@ class TrainLoader:
         self.batch_size, self.grouping, self.make_sampler = batch_size, grouping, make_sampler
         self.seed, self.start, self.skipped = seed, 0, 0
         self._num_workers = num_workers
-        dicts = DatasetFromList(dicts, copy=False)  # shared by the loader's processes
+        # Serialized: shared by the loader's processes, and a new object at each reading.
+        dicts = DatasetFromList(dicts, copy=False)
         self._images = _Images(dicts, mapper, on_bad_image, grouping)
 
     def wide(self) -> list[bool]:

@@ -67,6 +67,14 @@ def test_the_trainers_random_numbers_are_left_alone():
     assert torch.equal(torch.rand(4), wanted)
 
 
+def test_a_mapper_may_change_its_record():
+    def counts(record):
+        record["drawn"] = record.get("drawn", 0) + 1
+        return record
+
+    assert {readings for batch in first(make(mapper=counts), 8) for _, readings in batch} == {1}
+
+
 def bad_at_4(record):
     if record["number"] == 4:
         raise OSError("image file is truncated")
