@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 from collections import defaultdict
 from typing import NamedTuple
 import matplotlib
@@ -17,10 +18,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from agvm_d2.solver import scaled_lr
-
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-RESULTS = os.path.join(ROOT, "benchmarks/results/large_batch.jsonl")
+sys.path.insert(0, ROOT)
+from benchmarks.large_batch import EPOCHS, METHODS, RESULTS, scaled  # noqa: E402
+
 DOCUMENT = os.path.join(ROOT, "docs/evidence.md")
 BEGIN, END = "<!-- from benchmarks/evidence.py -->\n", "<!-- end -->\n"
 
@@ -38,9 +39,7 @@ NAMES = {
     "lamb": "LAMB",
 }
 COLOURS = dict(zip(NAMES, plt.cm.tab20.colors[::2] + plt.cm.tab20.colors[1::2], strict=False))
-PLAIN = {"agvm_adamw": "adamw", "lars": "lars", "lamb": "lamb", "adamw": "adamw"}  # else sgd
 HALVED = "SOLVER.MICRO_BATCH_SIZE 8"  # batch 16 then has two gradients to compare
-EPOCHS = 16  # the setting's own
 KEPT = 0.98  # of the accuracy at batch 16
 WORKS = 0.9  # of a method's best accuracy at a batch: a learning rate that works
 
@@ -133,7 +132,7 @@ def by_batch(cells, varied: bool = False) -> str:
                 f"{statistics.median(row['seconds'] for row in every):.0f}",
             ]
         )
-    head = ["pipeline", "batch", "method", "accuracy, tuned", "LR"]
+    head = ["pipeline", "batch", "method", "accuracy, best LR tried", "LR"]
     head += ["varied" if varied else "LRs that work", "iterations", "diverged", "s a run"]
     return table(head, rows)
 
@@ -165,8 +164,8 @@ def by_lr(cells) -> str:
 
 def small(cells, cell: Cell) -> dict[float, list[dict]] | None:
     """The runs at batch 16 that this cell is held against: of its optimizer without AGVM."""
-    method = PLAIN.get(cell.method, "sgd")
-    return cells.get(cell._replace(method=method, batch=16, options="", workers=1))
+    plain = METHODS[cell.method].plain
+    return cells.get(cell._replace(method=plain, batch=16, options="", workers=1))
 
 
 def by_rule(cells, cell: Cell, rule: str) -> list[dict] | None:
@@ -174,16 +173,8 @@ def by_rule(cells, cell: Cell, rule: str) -> list[dict] | None:
     reference = small(cells, cell)
     if reference is None:
         return None
-    lr = best(reference) * (1 if rule == "none" else scaled_lr(cell.batch, rule, 1.0))
+    lr = scaled(best(reference), cell.batch, rule)
     return next((rows for x, rows in cells[cell].items() if abs(x / lr - 1) < 1e-3), None)
-
-
-def own_rule(method: str) -> str:
-    """The rule one would use untuned: the gain's own is batch 16's learning rate, the paper's for
-    SGD, the square root for the rest."""
-    if "gain" in method:
-        return "none"
-    return "sqrt" if method in PLAIN else "linear-sqrt"
 
 
 def untuned(cells) -> str:
@@ -199,7 +190,7 @@ def untuned(cells) -> str:
             + [tuned]
         )
     head = ["pipeline", "batch", "method", "batch 16's LR", "square root", "paper's rule", "linear"]
-    return table([*head, "tuned"], rows)
+    return table([*head, "best LR tried"], rows)
 
 
 def kept(cells) -> str:
@@ -215,7 +206,7 @@ def kept(cells) -> str:
         tuned[key][16] = ruled[key][16] = 1.0
         for shares, rows in (
             (tuned, cells[cell][best(cells[cell])]),
-            (ruled, by_rule(cells, cell, own_rule(cell.method))),
+            (ruled, by_rule(cells, cell, METHODS[cell.method].rule)),
         ):
             if rows:
                 shares[key][cell.batch] = statistics.fmean(accuracy(rows)) / base
@@ -224,8 +215,12 @@ def kept(cells) -> str:
             pipeline,
             NAMES[method],
             *(
-                f"{max(b for b, x in shares.items() if x >= KEPT)}: "
-                + ", ".join(f"{100 * shares[b]:.0f} % at {b}" for b in sorted(shares) if b > 16)
+                (
+                    f"{max(b for b, x in shares.items() if x >= KEPT)}: "
+                    + ", ".join(f"{100 * shares[b]:.0f} % at {b}" for b in sorted(shares) if b > 16)
+                    if len(shares) > 1
+                    else ""
+                )
                 for shares in (tuned[key], ruled[key])
             ),
         ]
@@ -233,7 +228,7 @@ def kept(cells) -> str:
         if len(tuned[key]) > 1
         for pipeline, _, method in [key]
     ]
-    head = [f"largest batch that keeps {KEPT:.0%}, {how}" for how in ("tuned", "by rule")]
+    head = [f"largest batch that keeps {KEPT:.0%}, {how}" for how in ("best LR tried", "by rule")]
     return table(["pipeline", "method", *head], rows)
 
 
@@ -291,7 +286,7 @@ def draw(cells, folder: str) -> None:
             points = {lr: mean_sd(rows) for lr, rows in lrs.items()}
             if points:
                 axis.errorbar([*points], *zip(*points.values(), strict=True), **style)
-    axes[0].set(xlabel="batch", ylabel="box AP, learning rate tuned")
+    axes[0].set(xlabel="batch", ylabel="box AP, best learning rate tried")
     log_axis(axes[0], batches)
     axes[0].legend(frameon=False, fontsize=8)
     for axis, batch in zip(axes[1:4], (64, 128, 256), strict=True):
@@ -310,8 +305,8 @@ def draw(cells, folder: str) -> None:
         places = [x + i * width for x in range(len(values))]
         axes[4].bar(places, values, 0.9 * width, label=f"batch {cell.batch}")
         axes[4].set_xticks([x + 0.4 - width / 2 for x in range(len(values))], [*found])
-    axes[4].set(ylabel="variance φ before the LR drop", title="SGD")
-    axes[4].legend(frameon=False, fontsize=8)
+    axes[4].set(ylabel="variance φ before the LR drop", title="SGD", ylim=(0, 1.35))
+    axes[4].legend(frameon=False, fontsize=8, ncol=len(bars))
 
     lrs = grid.get(Cell("faster_rcnn", "agvm", 256, EPOCHS))
     if lrs:

@@ -133,6 +133,12 @@ class Method(NamedTuple):
     mode: str = "modulate"
     estimator: str = "pairwise"
     modulator: type[Modulator] = Modulator
+    rule: str = "linear-sqrt"  # of `scaled_lr`, to use untuned; "none": batch 16's learning rate
+
+    @property
+    def plain(self) -> str:
+        """The method without AGVM."""
+        return self.optimizer.lower()
 
 
 METHODS = {
@@ -140,14 +146,19 @@ METHODS = {
     "agvm": Method("SGD"),
     "agvm_split": Method("SGD", estimator="split"),
     "averaged": Method("SGD", modulator=Averaged),
-    "gain": Method("SGD", modulator=Gain),
+    "gain": Method("SGD", modulator=Gain, rule="none"),
     "like_agvm": Method("SGD", modulator=LikeAGVM),
-    "like_gain": Method("SGD", modulator=LikeGain),
-    "adamw": Method("ADAMW", "monitor"),
-    "agvm_adamw": Method("ADAMW"),
-    "lars": Method("LARS", "monitor"),
-    "lamb": Method("LAMB", "monitor"),
+    "like_gain": Method("SGD", modulator=LikeGain, rule="none"),
+    "adamw": Method("ADAMW", "monitor", rule="sqrt"),
+    "agvm_adamw": Method("ADAMW", rule="sqrt"),
+    "lars": Method("LARS", "monitor", rule="sqrt"),
+    "lamb": Method("LAMB", "monitor", rule="sqrt"),
 }
+
+
+def scaled(lr: float, batch: int, rule: str) -> float:
+    """The learning rate that a rule derives from batch 16's."""
+    return lr if rule == "none" else scaled_lr(batch, rule, lr)
 
 
 class Run(NamedTuple):
@@ -375,20 +386,20 @@ class Cell(NamedTuple):
         paper's rule; then the best learning rate with the other seeds."""
         if self.lr is not None:
             return [self.run(self.lr, seed) for seed in seeds]
-        optimizer = METHODS[self.method].optimizer
+        method = METHODS[self.method]
+        first = FIRST_LR[method.optimizer]
         if self.batch == UNIT:
-            runs = self.search(rows, FIRST_LR[optimizer], seeds[0])
+            runs = self.search(rows, first, seeds[0])
         else:
-            small = self._replace(method=optimizer.lower(), batch=UNIT)
-            found = small.search(rows, FIRST_LR[optimizer], seeds[0])
+            small = self._replace(method=method.plain, batch=UNIT)
+            found = small.search(rows, first, seeds[0])
             if not all(run in rows for run in found):
                 return []
             base = max(found, key=lambda run: rows[run]["accuracy"]).lr
-            # The gain's promise is that the learning rate of batch 16 stays.
-            factor = 1 if "gain" in self.method else scaled_lr(self.batch, "sqrt", 1.0)
-            runs = self.search(rows, base * factor, seeds[0])
-            if optimizer == "SGD" and "gain" not in self.method:
-                runs.append(self.run(base * scaled_lr(self.batch, "linear-sqrt", 1.0), seeds[0]))
+            start = "none" if method.rule == "none" else "sqrt"
+            runs = self.search(rows, scaled(base, self.batch, start), seeds[0])
+            if method.rule == "linear-sqrt":
+                runs.append(self.run(scaled(base, self.batch, method.rule), seeds[0]))
         if all(run in rows for run in runs):
             best = max(runs, key=lambda run: rows[run]["accuracy"])
             runs += [best._replace(seed=seed) for seed in seeds[1:]]
@@ -402,6 +413,9 @@ GRID = [
     *(Cell("semantic_fpn", m, b) for b in (128, 256) for m in ("sgd", "agvm", "gain")),
     Cell("faster_rcnn", "adamw", 16),
     *(Cell("faster_rcnn", m, 128) for m in ("adamw", "agvm_adamw")),
+    Cell("faster_rcnn", "sgd", 16, options="SOLVER.MICRO_BATCH_SIZE 8", lr=0.08),  # variances
+    Cell("faster_rcnn", "like_agvm", 128, lr=0.1131),
+    Cell("faster_rcnn", "like_gain", 128, lr=0.08),
 ]
 QUICK = [Cell("faster_rcnn", m, b, 2) for m, b in (("sgd", 16), ("sgd", 64), ("agvm", 64))]
 
