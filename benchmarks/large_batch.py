@@ -346,7 +346,8 @@ EPOCHS = 16
 
 
 class Cell(NamedTuple):
-    """Runs that differ by learning rate and seed; `lr`: this one only, without a search."""
+    """Runs that differ by learning rate and seed; `lrs`: these only, without a search; `seeds`: how
+    many the best one gets."""
 
     pipeline: str
     method: str
@@ -354,7 +355,8 @@ class Cell(NamedTuple):
     epochs: int = EPOCHS
     options: str = ""
     workers: int = 1
-    lr: float | None = None
+    lrs: tuple[float, ...] = ()
+    seeds: int = len(SEEDS)
 
     def run(self, lr: float, seed: int) -> Run:
         return Run(
@@ -384,11 +386,11 @@ class Cell(NamedTuple):
     def runs(self, rows: dict[Run, dict], seeds: tuple[int, ...] = SEEDS) -> list[Run]:
         """Those that can start now, finished ones too: the search with the first seed, and the
         paper's rule; then the best learning rate with the other seeds."""
-        if self.lr is not None:
-            return [self.run(self.lr, seed) for seed in seeds]
         method = METHODS[self.method]
         first = FIRST_LR[method.optimizer]
-        if self.batch == UNIT:
+        if self.lrs:
+            runs = [self.run(lr, seeds[0]) for lr in self.lrs]
+        elif self.batch == UNIT:
             runs = self.search(rows, first, seeds[0])
         else:
             small = self._replace(method=method.plain, batch=UNIT)
@@ -402,28 +404,67 @@ class Cell(NamedTuple):
                 runs.append(self.run(scaled(base, self.batch, method.rule), seeds[0]))
         if all(run in rows for run in runs):
             best = max(runs, key=lambda run: rows[run]["accuracy"])
-            runs += [best._replace(seed=seed) for seed in seeds[1:]]
+            runs += [best._replace(seed=seed) for seed in seeds[1 : self.seeds]]
         return runs
 
 
+LONG = 48  # epochs: three times the iterations
 GRID = [
-    Cell("faster_rcnn", "sgd", 16),
-    *(Cell("faster_rcnn", m, b) for b in (128, 256, 64) for m in ("sgd", "agvm", "gain")),
+    *(Cell("faster_rcnn", m, 16) for m in ("sgd", "adamw", "lars", "lamb")),
+    *(Cell("faster_rcnn", m, b) for b in (64, 128, 256) for m in ("sgd", "agvm", "gain")),
+    *(Cell("faster_rcnn", m, 128) for m in ("adamw", "agvm_adamw", "lars", "lamb")),
     Cell("semantic_fpn", "sgd", 16),
-    *(Cell("semantic_fpn", m, b) for b in (128, 256) for m in ("sgd", "agvm", "gain")),
-    Cell("faster_rcnn", "adamw", 16),
-    *(Cell("faster_rcnn", m, 128) for m in ("adamw", "agvm_adamw")),
-    Cell("faster_rcnn", "sgd", 16, options="SOLVER.MICRO_BATCH_SIZE 8", lr=0.08),  # variances
-    Cell("faster_rcnn", "like_agvm", 128, lr=0.1131),
-    Cell("faster_rcnn", "like_gain", 128, lr=0.08),
+    *(Cell("semantic_fpn", m, 128) for m in ("sgd", "agvm", "gain")),
+    *(
+        Cell("faster_rcnn", method, batch, LONG, lrs=(lr,), seeds=1)
+        for batch, lrs in ((16, (0.08,)), (128, (0.1131, 0.1131, 0.08)), (256, (0.16, 0.08, 0.08)))
+        for method, lr in zip(("sgd", "agvm", "gain"), lrs, strict=False)
+    ),
+    *(
+        Cell(pipeline, method, batch, lrs=(lr,), seeds=1)
+        for pipeline in ("mask_rcnn", "panoptic_fpn")
+        for method, batch, lr in (
+            ("sgd", 16, 0.08),
+            ("sgd", 128, 0.1131),
+            ("agvm", 128, 0.1131),
+            ("gain", 128, 0.08),
+        )
+    ),
+    Cell("faster_rcnn", "sgd", 16, options="SOLVER.MICRO_BATCH_SIZE 8", lrs=(0.08,), seeds=1),
+    *(
+        Cell("faster_rcnn", method, 128, lrs=(lr,), seeds=1)
+        for method, lr in (
+            ("agvm_split", 0.1131),
+            ("averaged", 0.1131),
+            ("like_agvm", 0.1131),
+            ("like_gain", 0.08),
+        )
+    ),
+    *(
+        Cell("faster_rcnn", "agvm", 128, options=options, workers=workers, lrs=(0.1131,), seeds=1)
+        for options, workers in (
+            ("AGVM.ANCHOR fpn", 1),
+            ("AGVM.ANCHOR box_head", 1),
+            ("AGVM.INTERVAL 1", 1),
+            ("AGVM.INTERVAL 10", 1),
+            ("AGVM.MOMENTUM 0.97", 1),
+            ("AGVM.RATIO_RANGE (0.5,2)", 1),
+            ("AGVM.START_ITER 0", 1),
+            ("MODEL.RESNETS.NORM FrozenBN", 1),
+            ("MODEL.RESNETS.NORM BN", 4),
+            ("MODEL.RESNETS.NORM naiveSyncBN", 4),
+        )
+    ),
 ]
 QUICK = [Cell("faster_rcnn", m, b, 2) for m, b in (("sgd", 16), ("sgd", 64), ("agvm", 64))]
 
 
 def pending(cells: list[Cell], path: str, running: set[Run], seeds) -> list[Run]:
+    """What is missing and can start now, the first seed everywhere first."""
     rows = read(path)
     wanted = [run for cell in cells for run in cell.runs(rows, seeds)]
-    return [run for run in dict.fromkeys(wanted) if run not in rows and run not in running]
+    missing = [run for run in dict.fromkeys(wanted) if run not in rows and run not in running]
+    return sorted(missing, key=lambda run: run.seed)
 
 
 def grid(cells: list[Cell], path: str, jobs: int, seeds: tuple[int, ...], minutes: float) -> None:

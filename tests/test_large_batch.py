@@ -82,11 +82,20 @@ def test_a_large_batch_starts_from_the_best_of_batch_16(tmp_path):
 
 
 def test_a_fixed_learning_rate_is_not_searched(tmp_path):
-    cell = Cell("faster_rcnn", "agvm", 128, 4, "AGVM.INTERVAL 1", 4, 0.1)
-    runs = plan([cell], tmp_path / "rows", lambda run: 1.0)
-    assert [(r.lr, r.seed, r.options, r.workers) for r in runs] == [
-        (0.1, seed, "AGVM.INTERVAL 1", 4) for seed in (1, 2, 3)
-    ]
+    cell = Cell("faster_rcnn", "agvm", 128, 4, "AGVM.INTERVAL 1", 4, (0.1, 0.2), seeds=2)
+    runs = plan([cell], tmp_path / "rows", lambda run: run.lr)
+    assert [(r.lr, r.seed) for r in runs] == [(0.1, 1), (0.2, 1), (0.2, 2)]
+    assert {(r.options, r.workers) for r in runs} == {("AGVM.INTERVAL 1", 4)}
+
+
+def test_the_first_seed_goes_first(tmp_path):
+    cells = [Cell("faster_rcnn", m, 16, 4, lrs=(0.1,)) for m in ("sgd", "adamw")]
+    plan(cells[:1], tmp_path / "rows", lambda run: 1.0)
+    todo = large_batch.pending(cells, str(tmp_path / "rows"), set(), (1, 2, 3, 4))
+    assert [(r.method, r.seed) for r in todo] == [("adamw", 1)]
+    cells[0] = cells[0]._replace(seeds=4)
+    todo = large_batch.pending(cells, str(tmp_path / "rows"), set(), (1, 2, 3, 4))
+    assert [(r.method, r.seed) for r in todo] == [("adamw", 1), ("sgd", 4)]
 
 
 def test_tables(tmp_path):
