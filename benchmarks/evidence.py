@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
-from benchmarks.large_batch import EPOCHS, METHODS, RESULTS, scaled  # noqa: E402
+from benchmarks.large_batch import EPOCHS, LONG, METHODS, RESULTS, scaled  # noqa: E402
 
 DOCUMENT = os.path.join(ROOT, "docs/evidence.md")
 BEGIN, END = "<!-- from benchmarks/evidence.py -->\n", "<!-- end -->\n"
@@ -122,6 +122,7 @@ def by_batch(cells, varied: bool = False) -> str:
         rows.append(
             [
                 cell.pipeline,
+                f"{cell.epochs}",
                 f"{cell.batch}",
                 NAMES[cell.method],
                 spread(accuracy(lrs[chosen])),
@@ -132,7 +133,7 @@ def by_batch(cells, varied: bool = False) -> str:
                 f"{statistics.median(row['seconds'] for row in every):.0f}",
             ]
         )
-    head = ["pipeline", "batch", "method", "accuracy, best LR tried", "LR"]
+    head = ["pipeline", "epochs", "batch", "method", "accuracy, best LR tried", "LR"]
     head += ["varied" if varied else "LRs that work", "iterations", "diverged", "s a run"]
     return table(head, rows)
 
@@ -185,12 +186,12 @@ def untuned(cells) -> str:
         found = [by_rule(cells, cell, rule) for rule in ("none", "sqrt", "linear-sqrt", "linear")]
         tuned = spread(accuracy(cells[cell][best(cells[cell])]))
         rows.append(
-            [cell.pipeline, f"{cell.batch}", NAMES[cell.method]]
+            [cell.pipeline, f"{cell.epochs}", f"{cell.batch}", NAMES[cell.method]]
             + [spread(accuracy(runs)) if runs else "" for runs in found]
             + [tuned]
         )
-    head = ["pipeline", "batch", "method", "batch 16's LR", "square root", "paper's rule", "linear"]
-    return table([*head, "best LR tried"], rows)
+    head = ["pipeline", "epochs", "batch", "method", "batch 16's LR", "square root", "paper's rule"]
+    return table([*head, "linear", "best LR tried"], rows)
 
 
 def kept(cells) -> str:
@@ -213,6 +214,7 @@ def kept(cells) -> str:
     rows = [
         [
             pipeline,
+            f"{epochs}",
             NAMES[method],
             *(
                 (
@@ -226,10 +228,10 @@ def kept(cells) -> str:
         ]
         for key in sorted(tuned, key=lambda k: (k[0], k[1], [*NAMES].index(k[2])))
         if len(tuned[key]) > 1
-        for pipeline, _, method in [key]
+        for pipeline, epochs, method in [key]
     ]
     head = [f"largest batch that keeps {KEPT:.0%}, {how}" for how in ("best LR tried", "by rule")]
-    return table(["pipeline", "method", *head], rows)
+    return table(["pipeline", "epochs", "method", *head], rows)
 
 
 def variances(cells) -> str:
@@ -244,13 +246,14 @@ def variances(cells) -> str:
                 rows.append(
                     [
                         cell.pipeline,
+                        f"{cell.epochs}",
                         f"{cell.batch}" + (", micro-batches of 8" if cell.options else ""),
                         NAMES[cell.method],
                         part.split("_")[0],
                         ", ".join(f"{m} {v:.2f}" for m, v in found.items()),
                     ]
                 )
-    head = ["pipeline", "batch", "method", "LR drop", "mean variance φ"]
+    head = ["pipeline", "epochs", "batch", "method", "LR drop", "mean variance φ"]
     return table(head, rows)
 
 
@@ -265,56 +268,61 @@ def log_axis(axis, ticks: list[float]) -> None:
     axis.minorticks_off()
 
 
+def plot(axis, method: str, points: dict[float, tuple[float, float]]) -> None:
+    """Mean and sd against a batch or a learning rate."""
+    if points:
+        style = {"marker": "o", "label": NAMES[method], "color": COLOURS[method], "capsize": 3}
+        axis.errorbar([*points], *zip(*points.values(), strict=True), **style)
+
+
 def draw(cells, folder: str) -> None:
     """Faster R-CNN: AP against batch, AP against LR, variances, factors: evidence.png."""
     rcnn = {c: cells[c] for c in sorted(cells, key=order) if c.pipeline == "faster_rcnn"}
     grid = {c: lrs for c, lrs in rcnn.items() if not c.varied}
-    figure, axes = plt.subplots(2, 3, figsize=(14, 7.5), layout="constrained")
+    figure, axes = plt.subplots(2, 4, figsize=(19, 8), layout="constrained")
     axes = axes.flatten()
-    batches = sorted({c.batch for c in grid})
-    for method, name in NAMES.items():
-        style = {"marker": "o", "label": name, "color": COLOURS[method], "capsize": 3}
-        points = {c.batch: mean_sd(lrs[best(lrs)]) for c, lrs in grid.items() if c.method == method}
-        if method != "sgd" and points:  # they differ from their optimizer with several gradients
-            reference = small(cells, next(c for c in grid if c.method == method))
-            if reference:
+    for axis, epochs in zip(axes[:2], (EPOCHS, LONG), strict=True):
+        for method in NAMES:
+            own = [c for c in grid if (c.method, c.epochs) == (method, epochs)]
+            points = {c.batch: mean_sd(grid[c][best(grid[c])]) for c in own}
+            reference = small(cells, own[0]) if own else None
+            if reference:  # with one gradient, the optimizer alone
                 points = {16: mean_sd(reference[best(reference)])} | points
-        if points:
-            axes[0].errorbar([*points], *zip(*points.values(), strict=True), **style)
-        for axis, batch in zip(axes[1:4], (64, 128, 256), strict=True):
+            plot(axis, method, points)
+        axis.set(xlabel="batch", ylabel="box AP, best learning rate tried")
+        axis.set(title=f"{epochs} epochs")
+        log_axis(axis, sorted({c.batch for c in grid}))
+        axis.legend(frameon=False, fontsize=8)
+    for axis, batch in zip(axes[2:5], (64, 128, 256), strict=True):
+        for method in NAMES:
             lrs = grid.get(Cell("faster_rcnn", method, batch, EPOCHS), {})
-            points = {lr: mean_sd(rows) for lr, rows in lrs.items()}
-            if points:
-                axis.errorbar([*points], *zip(*points.values(), strict=True), **style)
-    axes[0].set(xlabel="batch", ylabel="box AP, best learning rate tried")
-    log_axis(axes[0], batches)
-    axes[0].legend(frameon=False, fontsize=8)
-    for axis, batch in zip(axes[1:4], (64, 128, 256), strict=True):
-        axis.set(xlabel="learning rate", ylabel="box AP", title=f"batch {batch}")
-        log_axis(axis, [0.02, 0.04, 0.08, 0.16, 0.32, 0.64])
+            plot(axis, method, {lr: mean_sd(rows) for lr, rows in lrs.items()})
+        axis.set(xlabel="learning rate", ylabel="box AP", title=f"batch {batch}, {EPOCHS} epochs")
+        log_axis(axis, [0.002, 0.01, 0.04, 0.16, 0.64, 4])
 
     bars = [
         (cell, lrs[best(lrs)][0]["variance"])
         for cell, lrs in rcnn.items()
-        if cell.method == "sgd" and cell.options in ("", HALVED)
+        if (cell.method, cell.epochs) == ("sgd", EPOCHS) and cell.options in ("", HALVED)
     ]
     bars = [(cell, found) for cell, found in bars if any(found.values())]
     for i, (cell, found) in enumerate(bars):
         width = 0.8 / len(bars)
         values = [v.get("before_drop", 0) for v in found.values()]
         places = [x + i * width for x in range(len(values))]
-        axes[4].bar(places, values, 0.9 * width, label=f"batch {cell.batch}")
-        axes[4].set_xticks([x + 0.4 - width / 2 for x in range(len(values))], [*found])
-    axes[4].set(ylabel="variance φ before the LR drop", title="SGD", ylim=(0, 1.35))
-    axes[4].legend(frameon=False, fontsize=8, ncol=len(bars))
+        axes[5].bar(places, values, 0.9 * width, label=f"batch {cell.batch}")
+        axes[5].set_xticks([x + 0.4 - width / 2 for x in range(len(values))], [*found])
+    axes[5].set(ylabel="variance φ before the LR drop", title="SGD", ylim=(0, 1.35))
+    axes[5].legend(frameon=False, fontsize=8, ncol=len(bars))
 
-    lrs = grid.get(Cell("faster_rcnn", "agvm", 256, EPOCHS))
-    if lrs:
-        scale = lrs[best(lrs)][0]["lr_scale"]
-        for module in (m for m in scale if m != "iteration"):
-            axes[5].plot(scale["iteration"], scale[module], label=module)
-        axes[5].legend(frameon=False, fontsize=8)
-    axes[5].set(xlabel="iteration", ylabel="LR factor", title="AGVM, batch 256")
+    for axis, method in zip(axes[6:], ("agvm", "gain"), strict=True):
+        lrs = grid.get(Cell("faster_rcnn", method, 128, EPOCHS))
+        if lrs:
+            scale = lrs[best(lrs)][0]["lr_scale"]
+            for module in (m for m in scale if m != "iteration"):
+                axis.plot(scale["iteration"], scale[module], label=module)
+            axis.legend(frameon=False, fontsize=8)
+        axis.set(xlabel="iteration", ylabel="LR factor", title=f"{NAMES[method]}, batch 128")
     figure.savefig(os.path.join(folder, "evidence.png"), dpi=100)
 
 

@@ -118,13 +118,13 @@ def test_tables(tmp_path):
     cells = evidence.read(str(path))
     text = evidence.report(cells)
     assert text.startswith("9 runs, 0.1 hours of one core")
-    assert "| faster_rcnn | 16 | SGD | 21.0 ± 1.4 (2) | 0.04 |" in text
-    assert "| faster_rcnn | 128 | SGD | 20.7 | 0.04 | 0.02 to 0.04 (×2.0) |" in text
+    assert "| faster_rcnn | 4 | 16 | SGD | 21.0 ± 1.4 (2) | 0.04 |" in text
+    assert "| faster_rcnn | 4 | 128 | SGD | 20.7 | 0.04 | 0.02 to 0.04 (×2.0) |" in text
     # 20.7 is 98.6 % of 21.0; the paper's rule and the linear one give 0.32, the square root 0.11.
-    assert "| faster_rcnn | SGD | 128: 99 % at 128 | 16: 38 % at 128 |" in text
-    assert "| faster_rcnn | 128 | SGD | 20.7 |  | 8.0 | 8.0 | 20.7 |" in text
-    assert "| faster_rcnn | 128 | SGD | 9.0 | 0.04 | `A 1` |" in text
-    assert "| faster_rcnn | 128 | SGD | 7.0 | 0.04 | 4 workers |" in text
+    assert "| faster_rcnn | 4 | SGD | 128: 99 % at 128 | 16: 38 % at 128 |" in text
+    assert "| faster_rcnn | 4 | 128 | SGD | 20.7 |  | 8.0 | 8.0 | 20.7 |" in text
+    assert "| faster_rcnn | 4 | 128 | SGD | 9.0 | 0.04 | `A 1` |" in text
+    assert "| faster_rcnn | 4 | 128 | SGD | 7.0 | 0.04 | 4 workers |" in text
     evidence.draw(cells, str(tmp_path))
     assert (tmp_path / "evidence.png").stat().st_size > 10000
 
