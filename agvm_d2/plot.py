@@ -98,7 +98,8 @@ def plot(output_dir: str, picture: str | None = None) -> str:
             axes[1, 0].plot(*series["total_loss"], color="black", label="total_loss", lw=1.4)
         axes[1, 0].set_yscale("log")
         axes[1, 0].set_ylabel("loss")
-        axes[1, 0].legend(frameon=False)
+        if axes[1, 0].lines:
+            axes[1, 0].legend(frameon=False)
         if "lr" in series:
             axes[1, 1].plot(*series["lr"], color="black", lw=1.4)
         axes[1, 1].set_yscale("log")

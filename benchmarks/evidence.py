@@ -268,6 +268,11 @@ def log_axis(axis, ticks: list[float]) -> None:
     axis.minorticks_off()
 
 
+def legend(axis, columns: int = 1) -> None:
+    if axis.get_legend_handles_labels()[0]:  # nothing may be drawn yet
+        axis.legend(frameon=False, fontsize=8, ncols=columns)
+
+
 def plot(axis, method: str, points: dict[float, tuple[float, float]]) -> None:
     """Mean and sd against a batch or a learning rate."""
     if points:
@@ -292,7 +297,7 @@ def draw(cells, folder: str) -> None:
         axis.set(xlabel="batch", ylabel="box AP, best learning rate tried")
         axis.set(title=f"{epochs} epochs")
         log_axis(axis, sorted({c.batch for c in grid}))
-        axis.legend(frameon=False, fontsize=8)
+        legend(axis)
     for axis, batch in zip(axes[2:5], (64, 128, 256), strict=True):
         for method in NAMES:
             lrs = grid.get(Cell("faster_rcnn", method, batch, EPOCHS), {})
@@ -313,7 +318,7 @@ def draw(cells, folder: str) -> None:
         axes[5].bar(places, values, 0.9 * width, label=f"batch {cell.batch}")
         axes[5].set_xticks([x + 0.4 - width / 2 for x in range(len(values))], [*found])
     axes[5].set(ylabel="variance φ before the LR drop", title="SGD", ylim=(0, 1.35))
-    axes[5].legend(frameon=False, fontsize=8, ncol=len(bars))
+    legend(axes[5], columns=len(bars))
 
     for axis, method in zip(axes[6:], ("agvm", "gain"), strict=True):
         lrs = grid.get(Cell("faster_rcnn", method, 128, EPOCHS))
@@ -321,7 +326,7 @@ def draw(cells, folder: str) -> None:
             scale = lrs[best(lrs)][0]["lr_scale"]
             for module in (m for m in scale if m != "iteration"):
                 axis.plot(scale["iteration"], scale[module], label=module)
-            axis.legend(frameon=False, fontsize=8)
+            legend(axis)
         axis.set(xlabel="iteration", ylabel="LR factor", title=f"{NAMES[method]}, batch 128")
     figure.savefig(os.path.join(folder, "evidence.png"), dpi=100)
 
