@@ -15,6 +15,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 MODES = ("modulate", "monitor")
 ESTIMATORS = ("pairwise", "split")
+RULES = ("variance", "gain")
 OPTIMIZERS = ("SGD", "ADAMW", "LARS", "LAMB")
 CLIP_TYPES = ("value", "norm", "full_model")
 STOP_OR_SKIP = ("stop", "skip")
@@ -29,6 +30,11 @@ def add_agvm_config(cfg: CN) -> None:
     cfg.AGVM.MODE = "modulate"
     # "pairwise": from all pairs of workers (or micro-batches); "split": two halves, as the paper.
     cfg.AGVM.ESTIMATOR = "pairwise"
+    # "variance": AGVM, each module's variance is brought to the anchor's. "gain": each module's
+    # learning rate is multiplied by its AdaScale gain, from 1 to IMS_PER_BATCH/BASE_BATCH_SIZE.
+    cfg.AGVM.RULE = "variance"
+    # For "gain": the batch at which SOLVER.BASE_LR is known to work. BASE_LR is not to be scaled.
+    cfg.AGVM.BASE_BATCH_SIZE = 16
     # Iterations from one measurement to the next.
     cfg.AGVM.INTERVAL = 10
     # First measured iteration; -1: 100 iterations after warm-up.
@@ -189,6 +195,9 @@ def check_agvm(values: dict, key: Callable[[str], str]) -> None:
         one_of(key("mode"), values["mode"], MODES)
     if "estimator" in values:
         one_of(key("estimator"), values["estimator"], ESTIMATORS)
+    if "rule" in values:
+        one_of(key("rule"), values["rule"], RULES)
+    check("base_batch_size", lambda v: _is_int(v) and v >= 1, "it must be at least 1")
     check("enabled", lambda v: isinstance(v, bool), "it must be True or False")
     check("anchor", lambda v: isinstance(v, str), "it must be a module's name")
     check("interval", lambda v: _is_int(v) and v >= 1, "it must be at least 1")

@@ -9,7 +9,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from .config import ESTIMATORS, MODES
+from .config import ESTIMATORS, MODES, RULES
 from .config import micro_batches as micro_batches_of
 from .config import one_of
 from .modulator import Modulator
@@ -46,6 +46,8 @@ class AGVMHook(HookBase):
         stop_iter: int = -1,
         momentum: float = 0.97,
         ratio_range: tuple[float, float] = (0.5, 10.0),
+        rule: str = "variance",
+        base_batch_size: int = 16,
         micro_batches: int = 1,
         batch_size: int | None = None,
         log_period: int = 20,
@@ -60,18 +62,24 @@ class AGVMHook(HookBase):
                 micro-batches.
             comm_hook: (state, hook), DDP's communication hook to run under the measurement, such as
                 (None, default_hooks.fp16_compress_hook); DDP takes only one, so give it here.
+            rule: "variance", AGVM's, or "gain": each module's AdaScale gain, `lr_gain`.
+            base_batch_size: for the gain, the batch that the optimizer's learning rate is for.
             micro_batches: backward passes of one worker in one iteration. Above 1 the training loop
                 calls `after_micro_batch` after each, as `MicroBatchTrainer` does.
-            batch_size: images of one iteration over all workers, the unit of the noise scale, which
-                is not logged without it.
+            batch_size: images of one iteration over all workers. Without it there is no gain, and
+                the noise scale is not logged.
             log_period: iterations between two lines in the log.
             anchor, interval, start_iter, stop_iter, momentum, ratio_range: see `Modulator`.
 
         Raises:
-            ValueError: a bad rule or anchor, a group of several modules, an unknown mode.
+            ValueError: a bad module rule or anchor, a group of several modules, an unknown mode,
+                estimator or rule, a gain without `batch_size`.
         """
         one_of("AGVM.MODE", mode, MODES)
         one_of("AGVM.ESTIMATOR", estimator, ESTIMATORS)
+        one_of("AGVM.RULE", rule, RULES)
+        if rule == "gain" and not batch_size:
+            raise ValueError("AGVMHook: rule 'gain' needs batch_size, the images of one iteration.")
         self._model = model
         self._optimizer = optimizer
         self._modules = assign_modules(model, modules)
@@ -82,7 +90,15 @@ class AGVMHook(HookBase):
         self._batch_size = batch_size
         self._log_period = log_period
         self.modulator = Modulator(
-            list(self._modules), anchor, momentum, ratio_range, interval, start_iter, stop_iter
+            list(self._modules),
+            anchor,
+            momentum,
+            ratio_range,
+            interval,
+            start_iter,
+            stop_iter,
+            rule,
+            base_batch_size / batch_size if batch_size else 1.0,
         )
         self._group_module = self._match_groups()
         self._tap = None
@@ -112,6 +128,8 @@ class AGVMHook(HookBase):
             "stop_iter": agvm.STOP_ITER,
             "momentum": agvm.MOMENTUM,
             "ratio_range": tuple(agvm.RATIO_RANGE),
+            "rule": agvm.RULE,
+            "base_batch_size": agvm.BASE_BATCH_SIZE,
             "micro_batches": micro_batches_of(cfg, comm.get_world_size()),
             "batch_size": cfg.SOLVER.IMS_PER_BATCH,
         }
@@ -140,7 +158,8 @@ class AGVMHook(HookBase):
         sizes = ", ".join(
             f"{name} {sum(p.numel() for p in params):,}" for name, params in self._modules.items()
         )
-        logger.info(f"AGVM ({self._mode}): parameters of each module: {sizes}")
+        rule = self.modulator.rule
+        logger.info(f"AGVM ({self._mode}, rule {rule}): parameters of each module: {sizes}")
         if units < 2:
             logger.warning(
                 "AGVM needs at least two gradients in an iteration to measure a variance, but "

@@ -5,20 +5,23 @@ from collections.abc import Sequence
 import torch
 
 from .moments import Moments
-from .variance import lr_ratio, pairwise_variance, split_variance
+from .variance import lr_gain, lr_ratio, pairwise_variance, split_variance
 
 
 class Modulator:
-    """LR factor of each module: mu <- a mu + (1 - a) sqrt(r), every `interval` iterations.
+    """LR factor of each module, every `interval` iterations: mu <- a mu + (1 - a) sqrt(r), or the
+    gain of averaged moments.
 
     Args:
         names: modules, in the order of the moments.
         anchor: the module whose variance the others are brought to; its factor stays 1.
-        momentum: a, in [0, 1).
+        momentum: a, in [0, 1), of mu and of the averaged moments.
         ratio_range: bounds of the ratio r.
         interval: iterations from one measurement to the next.
         start_iter: the first measured iteration; factors are 1 before it.
         stop_iter: from this iteration on nothing is measured and factors are 1 again; -1: never.
+        rule: "variance", the paper's, or "gain", `lr_gain`, without anchor and ratio range.
+        base_share: for the gain, the batch that the learning rate is for, over this batch.
 
     Raises:
         ValueError: the anchor is not one of the modules.
@@ -33,6 +36,8 @@ class Modulator:
         interval: int = 10,
         start_iter: int = 0,
         stop_iter: int = -1,
+        rule: str = "variance",
+        base_share: float = 1.0,
     ):
         if anchor not in names:
             raise ValueError(
@@ -46,10 +51,12 @@ class Modulator:
         self.interval = interval
         self.start_iter = start_iter
         self.stop_iter = stop_iter
+        self.rule = rule
+        self.base_share = base_share
         nan = torch.full((len(names),), torch.nan, dtype=torch.float64)
         self.factors = torch.ones_like(nan)
         self.variance = nan  # the last measurement's; NaN where there was none
-        # Averages of S1 and S2 for the noise scale; a ratio of them needs no bias correction.
+        # Averages of S1 and S2; for a ratio of them they need no correction of their start.
         self.unit_sq = torch.zeros_like(nan)
         self.mean_sq = torch.zeros_like(nan)
         self.num_units = 0
@@ -72,13 +79,16 @@ class Modulator:
             self.variance = pairwise_variance(unit_sq, mean_sq, self.num_units)
         else:
             self.variance = split_variance(*halves, mean_sq, share)
-        target = lr_ratio(self.variance, self.variance[self.anchor], self.ratio_range).sqrt()
         a = self.momentum
-        valid = target.isfinite()
-        self.factors = torch.where(valid, a * self.factors + (1 - a) * target, self.factors)
         valid = self.variance.isfinite()
         self.unit_sq = torch.where(valid, a * self.unit_sq + (1 - a) * unit_sq, self.unit_sq)
         self.mean_sq = torch.where(valid, a * self.mean_sq + (1 - a) * mean_sq, self.mean_sq)
+        if self.rule == "gain":
+            new = lr_gain(self.unit_sq, self.mean_sq, num_units, num_units * self.base_share)
+        else:
+            ratio = lr_ratio(self.variance, self.variance[self.anchor], self.ratio_range)
+            new = a * self.factors + (1 - a) * ratio.sqrt()
+        self.factors = torch.where(new.isfinite(), new, self.factors)
 
     def state_dict(self) -> dict:
         """Lists and numbers only: a checkpoint that `torch.load(weights_only=True)` takes."""

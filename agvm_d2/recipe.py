@@ -25,13 +25,15 @@ def recipe(solver: CfgNode, batch: int, rule: str | None = None) -> dict:
     Args:
         solver: SOLVER of a config that works at its own IMS_PER_BATCH.
         rule: of `scaled_lr`; by default "sqrt" for ADAMW and LAMB and "linear-sqrt" for the others.
+            "gain": the learning rate stays, and AGVM.RULE "gain" multiplies each module's.
 
     Raises:
         ValueError: a batch that is not positive, or so large that nothing is left to train.
     """
     if rule is None:
         rule = "sqrt" if solver.OPTIMIZER in ("ADAMW", "LAMB") else "linear-sqrt"
-    lr = scaled_lr(batch, rule, solver.BASE_LR, solver.IMS_PER_BATCH)
+    gain = rule == "gain"
+    lr = solver.BASE_LR if gain else scaled_lr(batch, rule, solver.BASE_LR, solver.IMS_PER_BATCH)
     shrink = solver.IMS_PER_BATCH / batch
     iterations = round(solver.MAX_ITER * shrink)
     warmup = round(iterations * WARMUP)
@@ -54,10 +56,15 @@ def recipe(solver: CfgNode, batch: int, rule: str | None = None) -> dict:
                 "ENABLED": True,
                 "CLIP_TYPE": "full_model",
                 "CLIP_VALUE": 1.0,
-                "ITER_RANGE": str((warmup - window, warmup + window)),
+                # The gain was tried with clipping throughout.
+                "ITER_RANGE": "()" if gain else str((warmup - window, warmup + window)),
             },
         },
-        "AGVM": {"START_ITER": warmup + window, "INTERVAL": 5 if batch > 1000 else 10},
+        "AGVM": {
+            **({"RULE": "gain", "BASE_BATCH_SIZE": solver.IMS_PER_BATCH} if gain else {}),
+            "START_ITER": warmup + window,
+            "INTERVAL": 5 if batch > 1000 else 10,
+        },
     }
 
 
@@ -87,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-file", required=True, help="a config that works at its batch")
     parser.add_argument("--batch-size", required=True, type=int, help="images of one iteration")
-    parser.add_argument("--rule", choices=LR_RULES, help="default: by the optimizer")
+    parser.add_argument("--rule", choices=(*LR_RULES, "gain"), help="default: by the optimizer")
     args = parser.parse_args(argv)
     try:
         if not os.path.isfile(args.config_file):

@@ -1,4 +1,4 @@
-"""Pure functions: moments -> variance and noise scale; variance ratio -> LR factor.
+"""Pure functions: moments -> variance, noise scale, LR gain; variance ratio -> LR factor.
 
 Notation: u_1..u_K are K independent gradients ("units") of one module, m their mean,
 S1 = mean_k |u_k|^2 (`unit_sq`) and S2 = |m|^2 (`mean_sq`). Inputs are floats or tensors of one
@@ -75,6 +75,25 @@ def lr_ratio(variance, anchor, ratio_range=(0.5, 10.0)):
         ratio_range: bounds (low, high) of the ratio; (0.5, 10) in the paper.
     """
     return ((anchor + EPS) / (variance + EPS)).clamp(*ratio_range)
+
+
+@_elementwise
+def lr_gain(unit_sq, mean_sq, num_units, base_units=1):
+    """AdaScale's gain (Johnson et al. 2020, arXiv 2007.05105), here of a module: the factor on a
+    learning rate known at a small batch, E|g|^2 there over E|g|^2 at this one.
+
+    Between 1 (all signal) and K/n (all noise), and (1 + B/base)/(1 + B/batch) with the noise scale
+    B, whose note on averages holds here too.
+
+    Args:
+        unit_sq, mean_sq, num_units: as for `pairwise_variance`.
+        base_units: n, units in the small batch; any positive number.
+    """
+    _check_units(num_units)
+    trace = (unit_sq - mean_sq).clamp(min=0) * num_units / (num_units - 1)  # of a unit's Sigma
+    base_sq = unit_sq + trace * (1 / base_units - 1)
+    noise = num_units / base_units
+    return (base_sq / mean_sq).clamp(noise.clamp(max=1), noise.clamp(min=1))
 
 
 @_elementwise

@@ -33,8 +33,12 @@ NAMES = {
     "gain": "gain per module",
     "like_agvm": "constant, as AGVM's",
     "like_gain": "constant, as the gain's",
+    "sgd_3": "SGD, backbone ×3",
+    "agvm_3": "AGVM, backbone ×3",
+    "gain_3": "gain per module, backbone ×3",
     "adamw": "AdamW",
     "agvm_adamw": "AGVM on AdamW",
+    "gain_adamw": "gain on AdamW",
     "lars": "LARS",
     "lamb": "LAMB",
 }
@@ -207,7 +211,7 @@ def kept(cells) -> str:
         tuned[key][16] = ruled[key][16] = 1.0
         for shares, rows in (
             (tuned, cells[cell][best(cells[cell])]),
-            (ruled, by_rule(cells, cell, METHODS[cell.method].rule)),
+            (ruled, by_rule(cells, cell, METHODS[cell.method].lr_rule)),
         ):
             if rows:
                 shares[key][cell.batch] = statistics.fmean(accuracy(rows)) / base

@@ -101,15 +101,6 @@ class Averaged(Modulator):
         self.factors = lr_ratio(variance, variance[self.anchor], self.ratio_range).sqrt()
 
 
-class Gain(Modulator):
-    """A module-wise AdaScale: from the learning rate of one unit's batch, each module gains
-    E[S1]/E[S2], between 1 (all signal) and K (all noise)."""
-
-    def update(self, moments: Moments) -> None:
-        super().update(moments)
-        self.factors = (self.unit_sq / self.mean_sq).clamp(1, self.num_units)
-
-
 class LikeAGVM(Modulator):
     """The factors that AGVM had on average before the LR drop at batch 128, from its first
     iteration to the end: is it the measuring that helps?"""
@@ -132,13 +123,15 @@ class Method(NamedTuple):
     optimizer: str
     mode: str = "modulate"
     estimator: str = "pairwise"
+    rule: str = "variance"
     modulator: type[Modulator] = Modulator
-    rule: str = "linear-sqrt"  # of `scaled_lr`, to use untuned; "none": batch 16's learning rate
+    lr_rule: str = "linear-sqrt"  # of `scaled_lr`, to use untuned; "none": batch 16's learning rate
+    backbone_lr: float = 1.0  # times the others'
 
     @property
     def plain(self) -> str:
         """The method without AGVM."""
-        return self.optimizer.lower()
+        return self.optimizer.lower() + ("_3" if self.backbone_lr == 3 else "")
 
 
 METHODS = {
@@ -146,13 +139,17 @@ METHODS = {
     "agvm": Method("SGD"),
     "agvm_split": Method("SGD", estimator="split"),
     "averaged": Method("SGD", modulator=Averaged),
-    "gain": Method("SGD", modulator=Gain, rule="none"),
+    "gain": Method("SGD", rule="gain", lr_rule="none"),
     "like_agvm": Method("SGD", modulator=LikeAGVM),
-    "like_gain": Method("SGD", modulator=LikeGain, rule="none"),
-    "adamw": Method("ADAMW", "monitor", rule="sqrt"),
-    "agvm_adamw": Method("ADAMW", rule="sqrt"),
-    "lars": Method("LARS", "monitor", rule="sqrt"),
-    "lamb": Method("LAMB", "monitor", rule="sqrt"),
+    "like_gain": Method("SGD", modulator=LikeGain, lr_rule="none"),
+    "sgd_3": Method("SGD", "monitor", backbone_lr=3),
+    "agvm_3": Method("SGD", backbone_lr=3),
+    "gain_3": Method("SGD", rule="gain", lr_rule="none", backbone_lr=3),
+    "adamw": Method("ADAMW", "monitor", lr_rule="sqrt"),
+    "agvm_adamw": Method("ADAMW", lr_rule="sqrt"),
+    "gain_adamw": Method("ADAMW", rule="gain", lr_rule="none"),
+    "lars": Method("LARS", "monitor", lr_rule="sqrt"),
+    "lamb": Method("LAMB", "monitor", lr_rule="sqrt"),
 }
 
 
@@ -199,8 +196,8 @@ def config(run: Run, folder: str) -> CfgNode:
         SOLVER.WEIGHT_DECAY {0.05 if method.optimizer in ("ADAMW", "LAMB") else 0.0001}
         SOLVER.MAX_ITER {steps} SOLVER.STEPS ({steps * 3 // 4},{steps * 7 // 8})
         SOLVER.WARMUP_ITERS {steps // 10}
-        AGVM.MODE {method.mode} AGVM.ESTIMATOR {method.estimator} AGVM.START_ITER {start}
-        AGVM.MOMENTUM 0.9
+        AGVM.MODE {method.mode} AGVM.ESTIMATOR {method.estimator} AGVM.RULE {method.rule}
+        AGVM.BASE_BATCH_SIZE {UNIT} AGVM.START_ITER {start} AGVM.MOMENTUM 0.9
         """.split(), *run.options.split(),
     ]  # fmt: skip
     return read_config(os.path.join(ROOT, "configs", pipeline.config), opts)
@@ -221,6 +218,17 @@ class Cached:
 
 
 class Trainer(AGVMTrainer):
+    backbone_lr = 1.0
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        optimizer = super().build_optimizer(cfg, model)
+        backbone = set(model.backbone.bottom_up.parameters())
+        for group in optimizer.param_groups:
+            if backbone.intersection(group["params"]):
+                group["lr"] *= cls.backbone_lr
+        return optimizer
+
     @classmethod
     def build_model(cls, cfg):
         # 15 % faster here; the gradients are the same but for rounding.
@@ -270,6 +278,7 @@ def train(run: Run, folder: str) -> None:
     check_config(cfg, run.workers)
     cfg.freeze()
     default_setup(cfg, argparse.Namespace(config_file="", eval_only=False))
+    Trainer.backbone_lr = METHODS[run.method].backbone_lr
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
     hook = next(h for h in trainer._hooks if isinstance(h, AGVMHook))
@@ -398,10 +407,10 @@ class Cell(NamedTuple):
             if not all(run in rows for run in found):
                 return []
             base = max(found, key=lambda run: rows[run]["accuracy"]).lr
-            start = "none" if method.rule == "none" else "sqrt"
+            start = "none" if method.lr_rule == "none" else "sqrt"
             runs = self.search(rows, scaled(base, self.batch, start), seeds[0])
-            if method.rule == "linear-sqrt":
-                runs.append(self.run(scaled(base, self.batch, method.rule), seeds[0]))
+            if method.lr_rule == "linear-sqrt":
+                runs.append(self.run(scaled(base, self.batch, method.lr_rule), seeds[0]))
         if all(run in rows for run in runs):
             best = max(runs, key=lambda run: rows[run]["accuracy"])
             runs += [best._replace(seed=seed) for seed in seeds[1 : self.seeds]]

@@ -53,6 +53,17 @@ def split_variance(half_a, half_b) -> float:
     return 1 - float(a.dot(b)) / math.sqrt(float(a.dot(a)) * float(b.dot(b)))
 
 
+def gain(vectors, base_units: int) -> float:
+    """How much longer the mean gradient of `base_units` units is than that of all, in squares: over
+    all choices of `base_units` from them; from 1 to the ratio of the batches."""
+    squares = []
+    for chosen in itertools.combinations(vectors, base_units):
+        mean = sum(chosen) / base_units
+        squares.append(float(mean.dot(mean)))
+    found = sum(squares) / len(squares) / moments(vectors)[1]
+    return min(max(found, 1.0), len(vectors) / base_units)
+
+
 def factors(old: dict, variances: dict, anchor: str, momentum: float, ratio_range) -> dict:
     """One update of every module's LR factor."""
     new = {}

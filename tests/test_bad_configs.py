@@ -14,6 +14,8 @@ BAD = {
     "AGVM.ENABLED": ["2", "'yes'", "None"],
     "AGVM.MODE": ["on", "1", "''", "()"],
     "AGVM.ESTIMATOR": ["none", "2", "()"],
+    "AGVM.RULE": ["agvm", "1", "()"],
+    "AGVM.BASE_BATCH_SIZE": ["0", "-16", "'x'", "2.5"],
     "AGVM.INTERVAL": ["0", "-5", "'ten'", "2.5", "(1,)"],
     "AGVM.START_ITER": ["-2", "'now'", "1.5", "()"],
     "AGVM.STOP_ITER": ["-7", "'end'", "0.5"],

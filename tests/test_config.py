@@ -21,6 +21,8 @@ def test_the_toy_config_is_good(tmp_path):
     [
         ({"AGVM__MODE": "on"}, "AGVM.MODE: found 'on', .* modulate, monitor"),
         ({"AGVM__ESTIMATOR": "pair"}, "AGVM.ESTIMATOR: found 'pair', .* pairwise, split"),
+        ({"AGVM__RULE": "agvm"}, "AGVM.RULE: found 'agvm', .* variance, gain"),
+        ({"AGVM__BASE_BATCH_SIZE": 0}, "AGVM.BASE_BATCH_SIZE: found 0, .*at least 1"),
         ({"AGVM__INTERVAL": 0}, "AGVM.INTERVAL: found 0, .*at least 1"),
         ({"AGVM__START_ITER": -2}, "AGVM.START_ITER: found -2"),
         ({"SOLVER__AMP__ENABLED": True}, "SOLVER.AMP.ENABLED: found True, .*CUDA"),

@@ -84,6 +84,33 @@ def test_factors_and_weights_equal_the_literal_algorithm():
         torch.testing.assert_close(p, literal.get_parameter(name))
 
 
+@pytest.mark.parametrize("base_batch_size, base_units", [(4, 1), (8, 2)])
+def test_gain_scales_each_module_as_the_literal_algorithm(base_batch_size, base_units):
+    model = ToyDetector()
+    optimizer = sgd(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    units = reference.unit_gradients(model, loss, [batch(4, seed=half) for half in (0, 1)])
+    hook = make_hook(
+        model, optimizer, rule="gain", base_batch_size=base_batch_size, batch_size=8, interval=1
+    )
+    with EventStorage(0):
+        step(hook, model, optimizer)
+    for module, names in parameter_names(model).items():
+        gain = reference.gain(reference.flatten(units, names), base_units)
+        factor = hook.modulator.factors[MODULES.index(module)].item()
+        assert factor == pytest.approx(gain, rel=1e-5) and (gain > 1.01) == (base_units == 1)
+        for name in names:
+            mean = (units[0][name] + units[1][name]) / 2
+            found = before[name] - model.get_parameter(name)
+            torch.testing.assert_close(found.double(), 0.1 * gain * mean, rtol=1e-4, atol=1e-6)
+
+
+def test_gain_needs_the_batch():
+    model = ToyDetector()
+    with pytest.raises(ValueError, match="rule 'gain' needs batch_size"):
+        AGVMHook(model, sgd(model), rule="gain")
+
+
 def test_lr_is_scaled_in_the_step_only_and_put_back_exactly():
     model = ToyDetector()
     optimizer = sgd(model, lr=0.1)
@@ -339,6 +366,8 @@ def test_an_unknown_mode_is_an_error():
         AGVMHook(model, sgd(model), mode="both")
     with pytest.raises(ValueError, match="AGVM.ESTIMATOR: found 'cos'"):
         AGVMHook(model, sgd(model), estimator="cos")
+    with pytest.raises(ValueError, match="AGVM.RULE: found 'adascale'"):
+        AGVMHook(model, sgd(model), rule="adascale")
 
 
 def test_from_config(d2_log, tmp_path):

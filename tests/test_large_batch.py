@@ -10,21 +10,12 @@ from agvm_d2.moments import Moments
 
 sys.path.insert(0, ROOT)
 from benchmarks import evidence, large_batch
-from benchmarks.large_batch import Averaged, Cell, Gain, Run
+from benchmarks.large_batch import Averaged, Cell, Run
 
 
 def moments(unit_sq, mean_sq, num_units=4):
     as_tensor = [torch.tensor(x, dtype=torch.float64) for x in (unit_sq, mean_sq)]
     return Moments(*as_tensor, num_units, None, 0.5)
-
-
-def test_gain_is_one_for_signal_and_k_for_noise():
-    rule = Gain(["backbone", "fpn", "rpn"], momentum=0.5)
-    rule.update(moments([1.0, 4.0, 3.0], [1.0, 1.0, 2.0]))
-    assert rule.factors.tolist() == [1, 4, 1.5]
-    rule.update(moments([1.0, 9.0, 0.0], [1.0, 1.0, 1.0]))
-    # Averages, fpn: 0.25 * 4 + 0.5 * 9 = 5.5 to 0.75, bounded by K; rpn: 0.75 to 1, bounded by 1.
-    assert rule.factors.tolist() == [1, 4, 1]
 
 
 def test_averaged_takes_the_ratio_of_averaged_moments():

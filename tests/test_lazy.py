@@ -114,6 +114,8 @@ def test_two_workers_without_agvm(digits, tmp_path):
         (["agvm.interval=0"], "agvm.interval: found 0, .*at least 1"),
         (["agvm.mode=on"], "agvm.mode: found 'on', .*modulate, monitor"),
         (["agvm.ratio_range=[2,3]"], "agvm.ratio_range: found .2, 3."),
+        (["agvm.rule=agvm"], "agvm.rule: found 'agvm', .*variance, gain"),
+        (["agvm.base_batch_size=0"], "agvm.base_batch_size: found 0"),
         (["agvm.modules=[[a,b,c]]"], "agvm.modules: found .'a', 'b', 'c'"),
         (["train.on_nonfinite=ignore"], "train.on_nonfinite: found 'ignore', .*stop, skip"),
         (["train.amp.enabled=True"], "train.amp.enabled: found True, .*CUDA"),

@@ -47,6 +47,18 @@ def test_rules_and_hints(capsys):
     assert "703 iterations are few" in out
 
 
+def test_the_gain_keeps_the_learning_rate(capsys, tmp_path):
+    out = run(capsys, "--config-file", FASTER, "--batch-size", 512, "--rule", "gain")
+    (tmp_path / "c.yaml").write_text(f"_BASE_: {FASTER}\n{out}")
+    cfg = get_cfg()
+    add_agvm_config(cfg)
+    cfg.merge_from_file(str(tmp_path / "c.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    check_config(cfg, 1)
+    assert cfg.SOLVER.BASE_LR == 0.02 and cfg.SOLVER.CLIP_GRADIENTS.ITER_RANGE == ()
+    assert cfg.AGVM.RULE == "gain" and cfg.AGVM.BASE_BATCH_SIZE == 16
+
+
 def test_adam_takes_the_square_root_of_another_projects_config(capsys, tmp_path):
     (tmp_path / "m2f.yaml").write_text(
         "MODEL: {MASK_FORMER: {DEC_LAYERS: 10}}\n"

@@ -5,7 +5,7 @@ import pytest
 import reference
 import torch
 
-from agvm_d2.variance import lr_ratio, noise_scale, pairwise_variance, split_variance
+from agvm_d2.variance import lr_gain, lr_ratio, noise_scale, pairwise_variance, split_variance
 
 
 @pytest.mark.parametrize("k", [2, 3, 8])
@@ -82,6 +82,33 @@ def test_lr_ratio_is_one_for_the_anchor_and_clipped():
     assert lr_ratio(0.0, 0.8) == 10.0
     assert lr_ratio(2.0, 0.2) == 0.5
     assert lr_ratio(0.0, 1.0, ratio_range=(0.25, 3.0)) == 3.0
+
+
+def test_gain_is_one_for_equal_gradients_and_k_for_orthogonal_ones():
+    # Four orthogonal unit vectors: S1 = 1, S2 = 1/4; means of two of them have 1/2.
+    assert lr_gain(1.0, 1.0, 4) == 1.0
+    assert lr_gain(1.0, 0.25, 4) == 4.0
+    assert lr_gain(1.0, 0.25, 4, 2) == pytest.approx(2.0)
+    assert lr_gain(1.0, 0.25, 4, 8) == pytest.approx(0.5)  # the learning rate is for more than this
+    assert lr_gain(1.0, 0.01, 4) == 4.0 and lr_gain(1.0, 1.0 + 1e-12, 4) == 1.0
+    assert lr_gain(1.0, 0.0, 4, 2) == 2.0
+    assert math.isnan(lr_gain(0.0, 0.0, 4))
+    with pytest.raises(ValueError, match="at least 2 gradients; num_units = 1"):
+        lr_gain(1.0, 1.0, 1)
+
+
+@pytest.mark.parametrize("base_units", [1, 2, 3, 6])
+def test_gain_equals_the_mean_over_all_choices_of_a_small_batch(base_units):
+    g = torch.Generator().manual_seed(3)
+    vectors = list(torch.randn(6, 40, generator=g, dtype=torch.float64) + 0.3)
+    found = lr_gain(*reference.moments(vectors), 6, base_units)
+    assert found == pytest.approx(reference.gain(vectors, base_units))
+
+
+def test_gain_follows_from_the_noise_scale():
+    # AdaScale's gain is (1 + B/base)/(1 + B/batch): here 8 units of 4 images, 16 images as base.
+    b = noise_scale(3.0, 1.5, 8, 4)
+    assert lr_gain(3.0, 1.5, 8, 16 / 4) == pytest.approx((1 + b / 16) / (1 + b / 32))
 
 
 def test_noise_scale_by_hand():
