@@ -48,6 +48,7 @@ from benchmarks.pretrain import pretrain  # noqa: E402
 RESULTS = os.path.join(ROOT, "benchmarks/results/large_batch.jsonl")
 PRETRAINED = os.path.join(ROOT, "output/pretrained")
 IMAGES, UNIT = 2000, 16  # of digits_train; of a micro-batch
+HALVED = "SOLVER.MICRO_BATCH_SIZE 8"  # batch 16 then has two gradients to compare
 
 
 class Pipeline(NamedTuple):
@@ -418,36 +419,68 @@ class Cell(NamedTuple):
 
 
 LONG = 48  # epochs: three times the iterations
+FIXED = (("sgd", 0.1131), ("agvm", 0.1131), ("gain", 0.08))  # the best of Faster R-CNN at batch 128
 GRID = [
-    *(Cell("faster_rcnn", m, 16) for m in ("sgd", "adamw", "lars", "lamb")),
-    *(Cell("faster_rcnn", m, b) for b in (64, 128, 256) for m in ("sgd", "agvm", "gain")),
-    *(Cell("faster_rcnn", m, 128) for m in ("adamw", "agvm_adamw", "lars", "lamb")),
-    Cell("semantic_fpn", "sgd", 16),
-    *(Cell("semantic_fpn", m, 128) for m in ("sgd", "agvm", "gain")),
+    Cell("faster_rcnn", "sgd", 16),
+    *(Cell("faster_rcnn", m, 16, seeds=1) for m in ("adamw", "lars", "lamb")),
+    *(Cell("faster_rcnn", m, b) for b in (64, 128) for m in ("sgd", "agvm", "gain")),
+    *(Cell("faster_rcnn", m, 128) for m in ("adamw", "agvm_adamw")),
+    *(Cell("faster_rcnn", m, 128, seeds=1) for m in ("lars", "lamb")),
+    Cell("faster_rcnn", "gain_adamw", 128, lrs=(0.004,), seeds=1),
     *(
-        Cell("faster_rcnn", method, batch, LONG, lrs=(lr,), seeds=1)
-        for batch, lrs in ((16, (0.08,)), (128, (0.1131, 0.1131, 0.08)), (256, (0.16, 0.08, 0.08)))
-        for method, lr in zip(("sgd", "agvm", "gain"), lrs, strict=False)
+        Cell("faster_rcnn", method, 256, lrs=lrs, seeds=1)
+        for method, lrs in (
+            ("sgd", (0.08, 0.16, 0.32)),
+            ("agvm", (0.08, 0.16)),
+            ("gain", (0.04, 0.08)),
+        )
     ),
+    # More iterations.
     *(
-        Cell(pipeline, method, batch, lrs=(lr,), seeds=1)
+        Cell("faster_rcnn", method, batch, LONG, lrs=lrs, seeds=seeds)
+        for batch, seeds, found in (
+            (16, 1, {"sgd": (0.08,), "sgd_3": (0.08,)}),
+            (128, 1, {"sgd": (0.1131,), "agvm": (0.1131,), "gain": (0.08,)}),
+            (256, 3, {"sgd": (0.16, 0.08), "agvm": (0.08, 0.16), "gain": (0.08,)}),
+            (256, 1, {"sgd_3": (0.16,), "gain_3": (0.08,)}),
+            (512, 1, {"sgd": (0.16,), "agvm": (0.08,), "gain": (0.08,)}),
+        )
+        for method, lrs in found.items()
+    ),
+    # A backbone with three times the rate of the other modules.
+    Cell("faster_rcnn", "sgd_3", 16, lrs=(0.04, 0.08), seeds=1),
+    *(Cell("faster_rcnn", m, 128, lrs=(0.05657, 0.1131)) for m in ("sgd_3", "agvm_3")),
+    Cell("faster_rcnn", "gain_3", 128, lrs=(0.04, 0.08)),
+    # Other pipelines.
+    Cell("semantic_fpn", "sgd", 16, seeds=1),
+    *(
+        Cell("semantic_fpn", method, 128, lrs=lrs)
+        for method, lrs in (
+            ("sgd", (0.02828, 0.05657, 0.1131, 0.2263)),
+            ("agvm", (0.02828, 0.05657, 0.1131, 0.2263)),
+            ("gain", (0.04, 0.08, 0.16)),
+        )
+    ),
+    Cell("semantic_fpn", "agvm_split", 128, lrs=(0.1131,), seeds=1),
+    *(
+        Cell(pipeline, method, 128, lrs=(lr,))
         for pipeline in ("mask_rcnn", "panoptic_fpn")
-        for method, batch, lr in (
-            ("sgd", 16, 0.08),
-            ("sgd", 128, 0.1131),
-            ("agvm", 128, 0.1131),
-            ("gain", 128, 0.08),
-        )
+        for method, lr in FIXED
     ),
-    Cell("faster_rcnn", "sgd", 16, options="SOLVER.MICRO_BATCH_SIZE 8", lrs=(0.08,), seeds=1),
+    *(Cell(p, "sgd", 16, lrs=(0.08,), seeds=1) for p in ("mask_rcnn", "panoptic_fpn")),
+    # Controls and ablations.
     *(
-        Cell("faster_rcnn", method, 128, lrs=(lr,), seeds=1)
-        for method, lr in (
-            ("agvm_split", 0.1131),
-            ("averaged", 0.1131),
-            ("like_agvm", 0.1131),
-            ("like_gain", 0.08),
-        )
+        Cell("faster_rcnn", m, 16, options=HALVED, lrs=(lr,), seeds=1)
+        for m, lr in (("sgd", 0.08), ("like_gain", 0.0457))
+    ),
+    Cell("faster_rcnn", "like_gain", 128, lrs=(0.08,)),
+    *(
+        Cell("faster_rcnn", method, 128, lrs=(0.1131,), seeds=1)
+        for method in ("agvm_split", "averaged", "like_agvm")
+    ),
+    *(
+        Cell("faster_rcnn", m, 128, options="MODEL.RESNETS.NORM FrozenBN", lrs=(lr,), seeds=1)
+        for m, lr in FIXED
     ),
     *(
         Cell("faster_rcnn", "agvm", 128, options=options, workers=workers, lrs=(0.1131,), seeds=1)
@@ -459,7 +492,6 @@ GRID = [
             ("AGVM.MOMENTUM 0.97", 1),
             ("AGVM.RATIO_RANGE (0.5,2)", 1),
             ("AGVM.START_ITER 0", 1),
-            ("MODEL.RESNETS.NORM FrozenBN", 1),
             ("MODEL.RESNETS.NORM BN", 4),
             ("MODEL.RESNETS.NORM naiveSyncBN", 4),
         )

@@ -91,7 +91,7 @@ def check(run, options, tmp_path, iterations):
     assert len(losses) == 40 and len(set(losses.values())) == 40
     whole = torch.load(straight / "model_final.pth", weights_only=True)
     factors = whole["trainer"]["hooks"]["AGVMHook"]["factors"]
-    assert sum(f != 1 for f in factors) == 3
+    assert sum(f != 1 for f in factors) == (4 if options.get("AGVM__RULE") == "gain" else 3)
     for iteration in iterations:
         folder = resumed_at(iteration, straight, tmp_path / f"from{iteration}")
         # With another number of loader processes: the order must not depend on it.
@@ -101,12 +101,13 @@ def check(run, options, tmp_path, iterations):
 
 
 ONE = {"SOLVER__MICRO_BATCH_SIZE": 2}
+GAIN = {"AGVM__RULE": "gain", "AGVM__BASE_BATCH_SIZE": 2}
 ADAMW = {"SOLVER__OPTIMIZER": "ADAMW", "SOLVER__WEIGHT_DECAY": 0.05}
 every_offset = pytest.param(range(19, 19 + INTERVAL), marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("iterations", [[19], every_offset])
-@pytest.mark.parametrize("options", [{}, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("options", [{}, ADAMW, GAIN], ids=["sgd", "adamw", "gain"])
 def test_one_process_with_micro_batches(options, iterations, digits, tmp_path):
     check(train, {**ONE, **options}, tmp_path, iterations)
 

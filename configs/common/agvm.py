@@ -18,6 +18,8 @@ agvm = dict(
     momentum=0.97,
     ratio_range=(0.5, 10.0),
     anchor="backbone",
+    rule="variance",
+    base_batch_size=16,
     modules=(),
 )
 
