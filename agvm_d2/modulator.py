@@ -9,13 +9,13 @@ from .variance import lr_gain, lr_ratio, pairwise_variance, split_variance
 
 
 class Modulator:
-    """LR factor of each module, every `interval` iterations: mu <- a mu + (1 - a) sqrt(r), or the
-    gain of averaged moments.
+    """LR factor of each module, every `interval` iterations: mu <- a mu + (1 - a) sqrt(r), or
+    a mu + (1 - a) gain.
 
     Args:
         names: modules, in the order of the moments.
         anchor: the module whose variance the others are brought to; its factor stays 1.
-        momentum: a, in [0, 1), of mu and of the averaged moments.
+        momentum: a, in [0, 1).
         ratio_range: bounds of the ratio r.
         interval: iterations from one measurement to the next.
         start_iter: the first measured iteration; factors are 1 before it.
@@ -56,7 +56,7 @@ class Modulator:
         nan = torch.full((len(names),), torch.nan, dtype=torch.float64)
         self.factors = torch.ones_like(nan)
         self.variance = nan  # the last measurement's; NaN where there was none
-        # Averages of S1 and S2; for a ratio of them they need no correction of their start.
+        # Averages of S1 and S2 for the noise scale; a ratio of them needs no bias correction.
         self.unit_sq = torch.zeros_like(nan)
         self.mean_sq = torch.zeros_like(nan)
         self.num_units = 0
@@ -83,12 +83,13 @@ class Modulator:
         valid = self.variance.isfinite()
         self.unit_sq = torch.where(valid, a * self.unit_sq + (1 - a) * unit_sq, self.unit_sq)
         self.mean_sq = torch.where(valid, a * self.mean_sq + (1 - a) * mean_sq, self.mean_sq)
+        # Of each measurement, not of averaged moments, which one huge gradient would rule for long.
         if self.rule == "gain":
-            new = lr_gain(self.unit_sq, self.mean_sq, num_units, num_units * self.base_share)
+            target = lr_gain(unit_sq, mean_sq, num_units, num_units * self.base_share)
         else:
-            ratio = lr_ratio(self.variance, self.variance[self.anchor], self.ratio_range)
-            new = a * self.factors + (1 - a) * ratio.sqrt()
-        self.factors = torch.where(new.isfinite(), new, self.factors)
+            target = lr_ratio(self.variance, self.variance[self.anchor], self.ratio_range).sqrt()
+        valid = target.isfinite()
+        self.factors = torch.where(valid, a * self.factors + (1 - a) * target, self.factors)
 
     def state_dict(self) -> dict:
         """Lists and numbers only: a checkpoint that `torch.load(weights_only=True)` takes."""

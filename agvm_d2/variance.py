@@ -83,7 +83,7 @@ def lr_gain(unit_sq, mean_sq, num_units, base_units=1):
     learning rate known at a small batch, E|g|^2 there over E|g|^2 at this one.
 
     Between 1 (all signal) and K/n (all noise), and (1 + B/base)/(1 + B/batch) with the noise scale
-    B, whose note on averages holds here too.
+    B.
 
     Args:
         unit_sq, mean_sq, num_units: as for `pairwise_variance`.

@@ -31,17 +31,20 @@ NAMES = {
     "agvm_split": "AGVM, split",
     "averaged": "AGVM of averaged moments",
     "gain": "gain per module",
+    "gain_averaged": "gain of averaged moments",
     "like_agvm": "constant, as AGVM's",
     "like_gain": "constant, as the gain's",
     "sgd_3": "SGD, backbone ×3",
     "agvm_3": "AGVM, backbone ×3",
     "gain_3": "gain per module, backbone ×3",
+    "gain_averaged_3": "gain of averaged moments, backbone ×3",
     "adamw": "AdamW",
     "agvm_adamw": "AGVM on AdamW",
     "gain_adamw": "gain on AdamW",
     "lars": "LARS",
     "lamb": "LAMB",
 }
+MAIN = ("sgd", "agvm", "gain", "adamw", "agvm_adamw", "lars", "lamb")  # against the batch
 COLOURS = dict(zip(NAMES, plt.cm.tab20.colors[::2] + plt.cm.tab20.colors[1::2], strict=False))
 KEPT = 0.98  # of the accuracy at batch 16
 WORKS = 0.9  # of a method's best accuracy at a batch: a learning rate that works
@@ -317,7 +320,7 @@ def draw(cells, folder: str) -> None:
     figure, axes = plt.subplots(2, 4, figsize=(19, 8), layout="constrained")
     axes = axes.flatten()
     for axis, epochs in zip(axes[:2], (EPOCHS, LONG), strict=True):
-        for method in NAMES:
+        for method in MAIN:
             own = [c for c in grid if (c.method, c.epochs) == (method, epochs)]
             points = {c.batch: mean_sd(grid[c][best(grid[c])]) for c in own}
             reference = small(cells, own[0]) if own else None

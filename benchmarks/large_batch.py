@@ -39,7 +39,7 @@ from agvm_d2.loader import build_train_loader
 from agvm_d2.modulator import Modulator
 from agvm_d2.moments import Moments
 from agvm_d2.solver import scaled_lr
-from agvm_d2.variance import lr_ratio, pairwise_variance
+from agvm_d2.variance import lr_gain, lr_ratio, pairwise_variance
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
@@ -102,6 +102,17 @@ class Averaged(Modulator):
         self.factors = lr_ratio(variance, variance[self.anchor], self.ratio_range).sqrt()
 
 
+class AveragedGain(Modulator):
+    """The same for the gain: of averaged moments, at once, instead of its moving average."""
+
+    def update(self, moments: Moments) -> None:
+        before = self.factors
+        super().update(moments)
+        units = self.num_units
+        gain = lr_gain(self.unit_sq, self.mean_sq, units, units * self.base_share)
+        self.factors = torch.where(gain.isfinite(), gain, before)
+
+
 class LikeAGVM(Modulator):
     """The factors that AGVM had on average before the LR drop at batch 128, from its first
     iteration to the end: is it the measuring that helps?"""
@@ -141,11 +152,13 @@ METHODS = {
     "agvm_split": Method("SGD", estimator="split"),
     "averaged": Method("SGD", modulator=Averaged),
     "gain": Method("SGD", rule="gain", lr_rule="none"),
+    "gain_averaged": Method("SGD", rule="gain", modulator=AveragedGain, lr_rule="none"),
     "like_agvm": Method("SGD", modulator=LikeAGVM),
     "like_gain": Method("SGD", modulator=LikeGain, lr_rule="none"),
     "sgd_3": Method("SGD", "monitor", backbone_lr=3),
     "agvm_3": Method("SGD", backbone_lr=3),
     "gain_3": Method("SGD", rule="gain", lr_rule="none", backbone_lr=3),
+    "gain_averaged_3": Method("SGD", "modulate", "pairwise", "gain", AveragedGain, "none", 3),
     "adamw": Method("ADAMW", "monitor", lr_rule="sqrt"),
     "agvm_adamw": Method("ADAMW", lr_rule="sqrt"),
     "gain_adamw": Method("ADAMW", rule="gain", lr_rule="none"),

@@ -91,7 +91,13 @@ def test_gain_scales_each_module_as_the_literal_algorithm(base_batch_size, base_
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     units = reference.unit_gradients(model, loss, [batch(4, seed=half) for half in (0, 1)])
     hook = make_hook(
-        model, optimizer, rule="gain", base_batch_size=base_batch_size, batch_size=8, interval=1
+        model,
+        optimizer,
+        rule="gain",
+        base_batch_size=base_batch_size,
+        batch_size=8,
+        interval=1,
+        momentum=0.0,
     )
     with EventStorage(0):
         step(hook, model, optimizer)
