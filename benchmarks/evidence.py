@@ -133,14 +133,14 @@ def by_batch(cells, varied: bool = False) -> str:
                 NAMES[cell.method],
                 spread(accuracy(lrs[chosen])),
                 f"{chosen:g}",
-                *([cell.varied] if varied else [band(lrs)]),
+                *([cell.varied] if varied else []),
                 f"{every[0]['iterations']}",
                 f"{sum(row['diverged_at'] is not None for row in every)} of {len(every)}",
                 f"{statistics.median(row['seconds'] for row in every):.0f}",
             ]
         )
     head = ["pipeline", "epochs", "batch", "method", "accuracy, best LR tried", "LR"]
-    head += ["varied" if varied else "LRs that work", "iterations", "diverged", "s a run"]
+    head += [*(["varied"] if varied else []), "iterations", "diverged", "s a run"]
     return table(head, rows)
 
 
@@ -267,6 +267,23 @@ def kept(cells) -> str:
     return table(["pipeline", "epochs", "method", *head], rows)
 
 
+def bands(cells) -> str:
+    """The learning rates that work, by batch, where a search has ended: the best lies inside."""
+    found: dict = defaultdict(dict)
+    for cell, lrs in cells.items():
+        if not cell.varied and min(lrs) < best(lrs) < max(lrs):
+            found[cell.pipeline, cell.epochs, cell.method][cell.batch] = band(lrs)
+    batches = sorted({batch for row in found.values() for batch in row})
+    rows = [
+        [pipeline, f"{epochs}", NAMES[method], *(row.get(b, "") for b in batches)]
+        for (pipeline, epochs, method), row in sorted(
+            found.items(), key=lambda item: (item[0][0], item[0][1], [*NAMES].index(item[0][2]))
+        )
+    ]
+    head = ["pipeline", "epochs", "method", *(f"batch {batch}" for batch in batches)]
+    return table(head, rows)
+
+
 def variances(cells) -> str:
     rows = []
     for cell in sorted(cells, key=order):
@@ -373,6 +390,8 @@ def report(cells) -> str:
             f"({machines}; torch {', '.join(sorted({row['torch'] for row in runs}))}).\n",
             "### The largest batch\n",
             kept(cells),
+            f"### Learning rates within {1 - WORKS:.0%} of the best accuracy\n",
+            bands(cells),
             "### Accuracy against batch\n",
             by_batch(cells),
             "### Seed by seed\n",
