@@ -61,6 +61,7 @@ def recipe(solver: CfgNode, batch: int, rule: str | None = None) -> dict:
             },
         },
         "AGVM": {
+            "ENABLED": True,  # a baseline's config has it off
             **({"RULE": "gain", "BASE_BATCH_SIZE": solver.IMS_PER_BATCH} if gain else {}),
             "START_ITER": warmup + window,
             "INTERVAL": 5 if batch > 1000 else 10,

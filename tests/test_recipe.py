@@ -59,6 +59,12 @@ def test_the_gain_keeps_the_learning_rate(capsys, tmp_path):
     assert cfg.AGVM.RULE == "gain" and cfg.AGVM.BASE_BATCH_SIZE == 16
 
 
+def test_agvm_is_on_also_from_a_baseline_without_it(tmp_path):
+    (tmp_path / "c.yaml").write_text("AGVM: {ENABLED: False}")
+    solver = recipe.read_solver(str(tmp_path / "c.yaml"))
+    assert recipe.recipe(solver, 64)["AGVM"]["ENABLED"] is True
+
+
 def test_adam_takes_the_square_root_of_another_projects_config(capsys, tmp_path):
     (tmp_path / "m2f.yaml").write_text(
         "MODEL: {MASK_FORMER: {DEC_LAYERS: 10}}\n"
