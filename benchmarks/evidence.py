@@ -44,7 +44,7 @@ NAMES = {
     "lars": "LARS",
     "lamb": "LAMB",
 }
-MAIN = ("sgd", "agvm", "gain", "adamw", "agvm_adamw", "lars", "lamb")  # against the batch
+MAIN = ("sgd", "agvm", "gain", "adamw", "agvm_adamw", "lars", "lamb")  # in the figures
 COLOURS = dict(zip(NAMES, plt.cm.tab20.colors[::2] + plt.cm.tab20.colors[1::2], strict=False))
 KEPT = 0.98  # of the accuracy at batch 16
 WORKS = 0.9  # of a method's best accuracy at a batch: a learning rate that works
@@ -349,9 +349,10 @@ def draw(cells, folder: str) -> None:
         log_axis(axis, sorted({c.batch for c in grid}))
         legend(axis)
     for axis, batch in zip(axes[2:5], (64, 128, 256), strict=True):
-        for method in NAMES:
+        for method in (*MAIN, "gain_averaged"):
             lrs = grid.get(Cell("faster_rcnn", method, batch, EPOCHS), {})
             plot(axis, method, {lr: mean_sd(rows) for lr, rows in lrs.items()})
+        legend(axis)
         axis.set(xlabel="learning rate", ylabel="box AP", title=f"batch {batch}, {EPOCHS} epochs")
         log_axis(axis, [0.002, 0.01, 0.04, 0.16, 0.64, 4])
 
