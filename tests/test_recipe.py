@@ -16,14 +16,20 @@ def run(capsys, *args) -> str:
     return capsys.readouterr().out
 
 
-def test_what_it_prints_can_be_pasted_and_is_the_papers_recipe(capsys, tmp_path):
-    out = run(capsys, "--config-file", FASTER, "--batch-size", 512)
-    (tmp_path / "c.yaml").write_text(f"_BASE_: {FASTER}\n{out}")
+def pasted(out: str, folder):
+    """The config of FASTER with what was printed below it, checked."""
+    (folder / "c.yaml").write_text(f"_BASE_: {FASTER}\n{out}")
     cfg = get_cfg()
     add_agvm_config(cfg)
-    cfg.merge_from_file(str(tmp_path / "c.yaml"))
+    cfg.merge_from_file(str(folder / "c.yaml"))
     cfg.MODEL.DEVICE = "cpu"
     check_config(cfg, 1)
+    return cfg
+
+
+def test_what_it_prints_can_be_pasted_and_is_the_papers_recipe(capsys, tmp_path):
+    out = run(capsys, "--config-file", FASTER, "--batch-size", 512)
+    cfg = pasted(out, tmp_path)
     solver = cfg.SOLVER
     assert solver.BASE_LR == 0.32  # 0.16 * sqrt(512 / 128)
     assert solver.MAX_ITER == 2812 and solver.STEPS == (1875, 2500)  # 90,000 x 16 / 512
@@ -49,12 +55,7 @@ def test_rules_and_hints(capsys):
 
 def test_the_gain_keeps_the_learning_rate(capsys, tmp_path):
     out = run(capsys, "--config-file", FASTER, "--batch-size", 512, "--rule", "gain")
-    (tmp_path / "c.yaml").write_text(f"_BASE_: {FASTER}\n{out}")
-    cfg = get_cfg()
-    add_agvm_config(cfg)
-    cfg.merge_from_file(str(tmp_path / "c.yaml"))
-    cfg.MODEL.DEVICE = "cpu"
-    check_config(cfg, 1)
+    cfg = pasted(out, tmp_path)
     assert cfg.SOLVER.BASE_LR == 0.02 and cfg.SOLVER.CLIP_GRADIENTS.ITER_RANGE == ()
     assert cfg.AGVM.RULE == "gain" and cfg.AGVM.BASE_BATCH_SIZE == 16
 
