@@ -30,6 +30,8 @@ NAMES = {
     "agvm": "AGVM",
     "agvm_split": "AGVM, split",
     "averaged": "AGVM of averaged moments",
+    "combined": "gain × AGVM",
+    "bounded": "AGVM bounded by the gain",
     "gain": "gain per module",
     "gain_averaged": "gain of averaged moments",
     "like_agvm": "constant, as AGVM's",

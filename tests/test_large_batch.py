@@ -10,7 +10,7 @@ from agvm_d2.moments import Moments
 
 sys.path.insert(0, ROOT)
 from benchmarks import evidence, large_batch
-from benchmarks.large_batch import Averaged, Cell, Run
+from benchmarks.large_batch import Averaged, Bounded, Cell, Combined, Run
 
 
 def moments(unit_sq, mean_sq, num_units=4):
@@ -24,6 +24,23 @@ def test_averaged_takes_the_ratio_of_averaged_moments():
     rule.update(moments([2.0, 1.0], [1.0, 1.0], 2))
     # phi = 2 (S1 - S2)/S1 at K = 2: backbone 1; fpn, averages 0.75 and 0.625, 2 (0.125)/0.75 = 1/3.
     assert rule.factors[1].item() == pytest.approx(3**0.5, rel=1e-5)
+
+
+def test_gain_and_agvm_together(monkeypatch):
+    # K = 2, one unit is batch 16: gains S1/S2 of 2 and 4/3; phi = 2 (S1 - S2)/S1 of 1 and 0.5.
+    measured = moments([2.0, 1.0], [1.0, 0.75], 2)
+    names, opts = ["backbone", "fpn"], {
+        "momentum": 0.0,
+        "base_share": 0.5,
+        "ratio_range": (0.5, 10),
+    }
+    product = Combined(names, rule="gain", **opts)
+    product.update(measured)
+    assert product.factors.tolist() == pytest.approx([2, 4 / 3 * 2**0.5], rel=1e-5)
+    monkeypatch.setattr(Bounded, "lr", 2 * Bounded.base_lr)
+    bounded = Bounded(names, **opts)
+    bounded.update(measured)
+    assert bounded.factors.tolist() == pytest.approx([1, 2 / 3], rel=1e-5)
 
 
 def row(run: Run, accuracy: float) -> dict:
