@@ -20,7 +20,7 @@ from agvm_d2.launch import detect, launch
 
 
 def setup(args) -> CfgNode | DictConfig:
-    """The checked config; nothing is written.
+    """The checked config; nothing is written but the output folder.
 
     Raises:
         ValueError, KeyError, OSError: names the config key or path, and what to do.
@@ -57,7 +57,9 @@ def check_files(args, keys, weights: str, output_dir: str, device: str) -> None:
         raise FileNotFoundError(f"{keys[0]}: '{weights}' is not there")
     gpus = torch.cuda.device_count()
     if device.startswith("cuda") and args.num_gpus > gpus:
-        raise ValueError(f"--num-gpus {args.num_gpus}: this machine has {gpus}")
+        hint = " (with Slurm, give the GPUs to the node, --gpus-per-node, not to the task)"
+        hint = hint if "SLURM_PROCID" in os.environ else ""
+        raise ValueError(f"--num-gpus {args.num_gpus}: this process sees {gpus} GPUs{hint}")
     try:
         os.makedirs(output_dir, exist_ok=True)
     except OSError as error:

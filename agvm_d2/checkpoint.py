@@ -83,7 +83,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise ValueError(
                 f"The checkpoint '{f}' cannot be read: {str(error).splitlines()[0]} Only files of "
-                "tensors and plain values are loaded, since others could run code."
+                "tensors and plain values are loaded, since others could run code; "
+                "torch.serialization.add_safe_globals lets in classes that you trust."
             ) from error
 
 

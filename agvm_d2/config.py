@@ -52,7 +52,7 @@ def add_agvm_config(cfg: CN) -> None:
     cfg.AGVM.MODULES = ()
 
     # "SGD" or "ADAMW"; "LARS" or "LAMB", from the package pytorch-optimizer.
-    cfg.SOLVER.OPTIMIZER = "SGD"
+    cfg.SOLVER.OPTIMIZER = cfg.SOLVER.get("OPTIMIZER", "SGD")  # a project may have the key
     # Images of one forward and backward pass on one worker, gradients averaged over the worker's
     # share of IMS_PER_BATCH; 0: all at once.
     cfg.SOLVER.MICRO_BATCH_SIZE = 0

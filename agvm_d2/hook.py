@@ -111,11 +111,6 @@ class AGVMHook(HookBase):
     def from_config(cls, cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
         agvm = cfg.AGVM
         start = agvm.START_ITER if agvm.START_ITER >= 0 else cfg.SOLVER.WARMUP_ITERS + 100
-        if start >= cfg.SOLVER.MAX_ITER:
-            logger.warning(
-                f"AGVM starts at iteration {start}, but training ends at SOLVER.MAX_ITER "
-                f"{cfg.SOLVER.MAX_ITER}: nothing will be measured. Set AGVM.START_ITER."
-            )
         return {
             "model": model,
             "optimizer": optimizer,
@@ -168,6 +163,7 @@ class AGVMHook(HookBase):
                 "SOLVER.IMS_PER_BATCH."
             )
             return
+        self._warn_of_no_effect()
         optimizer = self._optimizer
         # By name: Lamb is pytorch-optimizer's, and it keeps Adam's second moment too.
         adam = {"Adam", "AdamW", "Lamb"} & {c.__name__ for c in type(optimizer).__mro__}
@@ -195,6 +191,22 @@ class AGVMHook(HookBase):
             optimizer.register_step_pre_hook(self._before_optimizer_step),
             optimizer.register_step_post_hook(self._after_optimizer_step),
         ]
+
+    def _warn_of_no_effect(self) -> None:
+        modulator = self.modulator
+        end = getattr(getattr(self, "trainer", None), "max_iter", None)  # a plain loop has none
+        if 0 <= modulator.stop_iter <= modulator.start_iter:
+            end = modulator.stop_iter
+        if end is not None and modulator.start_iter >= end:
+            logger.warning(
+                f"AGVM starts at iteration {modulator.start_iter}, but ends, or training does, at "
+                f"{end}: nothing will be measured. Set AGVM.START_ITER (start_iter) and STOP_ITER."
+            )
+        if modulator.rule == "gain" and modulator.base_share >= 1:
+            logger.warning(
+                f"AGVM.RULE gain: a batch of {self._batch_size} images is not above "
+                "AGVM.BASE_BATCH_SIZE, so no learning rate will be raised."
+            )
 
     def before_step(self) -> None:
         self._depth, self._measured = 0, False
@@ -253,14 +265,15 @@ class AGVMHook(HookBase):
                     if value == value:  # NaN: no gradient, or not measurable
                         storage.put_scalar(f"agvm/{kind}/{name}", value, smoothing_hint=False)
         last = modulator.num_units and not modulator.variance.isnan().all()
-        if last and (storage.iter + 1) % self._log_period == 0:
+        if last and modulator.active(storage.iter) and (storage.iter + 1) % self._log_period == 0:
             line = "  ".join(
                 f"{name} {variance:.3f} x{factor:.3f}"
                 for name, variance, factor in zip(
                     modulator.names, modulator.variance, modulator.factors, strict=True
                 )
             )
-            logger.info(f"AGVM: variance and LR factor  {line}")
+            what = "LR factor" if self._mode == "modulate" else "LR factor, not used,"
+            logger.info(f"AGVM: variance and {what}  {line}")
 
     def noise_scale(self) -> dict[str, float]:
         """B_simple of each module and of the whole "model" in images, from averaged moments; NaN

@@ -107,8 +107,10 @@ def check(cfg: DictConfig, num_workers: int) -> None:
                     f"{key}.{name}: there is no such key; there are {', '.join(sorted(known))}."
                 )
     check_agvm(OmegaConf.to_container(cfg.agvm), lambda name: f"agvm.{name}")
-    if cfg.agvm.get("start_iter", 0) < 0:
-        raise ValueError("agvm.start_iter: found -1; a LazyConfig must name the iteration.")
+    if cfg.agvm.get("enabled", True) and cfg.agvm.get("start_iter", -1) < 0:
+        raise ValueError(
+            "agvm.start_iter: a LazyConfig must name the iteration: the end of warm-up, or later."
+        )
     train = cfg.train
     if train.get("clip_gradients"):
         one_of("train.clip_gradients.clip_type", train.clip_gradients.clip_type, CLIP_TYPES)

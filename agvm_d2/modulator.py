@@ -14,7 +14,8 @@ class Modulator:
 
     Args:
         names: modules, in the order of the moments.
-        anchor: the module whose variance the others are brought to; its factor stays 1.
+        anchor: the module whose variance the others are brought to; its factor stays 1. Not used by
+            the gain.
         momentum: a, in [0, 1).
         ratio_range: bounds of the ratio r.
         interval: iterations from one measurement to the next.
@@ -39,13 +40,13 @@ class Modulator:
         rule: str = "variance",
         base_share: float = 1.0,
     ):
-        if anchor not in names:
+        if rule == "variance" and anchor not in names:
             raise ValueError(
                 f"AGVM.ANCHOR: '{anchor}' is not a module with trainable parameters; "
                 f"the modules are {', '.join(names)}."
             )
         self.names = list(names)
-        self.anchor = self.names.index(anchor)
+        self.anchor = self.names.index(anchor) if anchor in names else None
         self.momentum = momentum
         self.ratio_range = ratio_range
         self.interval = interval

@@ -395,6 +395,11 @@ def build_tap(
         ValueError: `split` with several workers needs DDP and its communication hook.
     """
     if not isinstance(model, DistributedDataParallel):
+        if split and micro_batches < 2:
+            raise ValueError(
+                "AGVM.ESTIMATOR split compares halves of the workers, but the model given to "
+                "AGVMHook is not inside DistributedDataParallel."
+            )
         return (
             HalvesTap(modules, micro_batches, precondition)
             if split

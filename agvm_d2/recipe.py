@@ -49,6 +49,7 @@ def recipe(solver: CfgNode, batch: int, rule: str | None = None) -> dict:
             "BASE_LR": float(f"{lr:.3g}"),
             "MAX_ITER": iterations,
             "STEPS": str(tuple(sorted({round(step * shrink) for step in solver.STEPS} - {0}))),
+            "CHECKPOINT_PERIOD": max(1, round(solver.CHECKPOINT_PERIOD * shrink)),
             "WARMUP_METHOD": "exp",
             "WARMUP_FACTOR": 0.001,
             "WARMUP_ITERS": warmup,
@@ -84,10 +85,15 @@ def read_solver(path: str) -> CfgNode:
     add_agvm_config(cfg)
     try:
         given = CfgNode.load_yaml_with_base(path, allow_unsafe=True)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config-file: '{path}' is not YAML: {error}") from None
+    except (yaml.YAMLError, TypeError, AttributeError) as error:  # empty, or not a mapping
+        raise ValueError(f"--config-file: '{path}' is not a YAML config: {error}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"--config-file: '{path}' is not a config: it holds no keys.")
     cfg.SOLVER.set_new_allowed(True)
-    cfg.SOLVER.merge_from_other_cfg(CfgNode(given.get("SOLVER", {})))
+    try:
+        cfg.SOLVER.merge_from_other_cfg(CfgNode(given.get("SOLVER", {})))
+    except ValueError as error:
+        raise ValueError(f"--config-file: '{path}', under SOLVER: {error}") from None
     return cfg.SOLVER
 
 
@@ -113,6 +119,10 @@ def main(argv: list[str] | None = None) -> None:
             f"# {keys['SOLVER']['MAX_ITER']} iterations are few for any method: the paper rarely "
             f"goes below {FEW_ITERATIONS}."
         )
+    print(
+        "# AGVM compares the gradients of workers or of micro-batches: with one GPU set\n"
+        "# SOLVER.MICRO_BATCH_SIZE to what fits into its memory. TEST.EVAL_PERIOD is not changed."
+    )
     print(yaml.safe_dump(keys, sort_keys=False).replace("'", ""), end="")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-import weakref
 from collections.abc import Callable
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -161,7 +160,7 @@ def in_micro_batches(
             f"AMPTrainer, but this project runs its own {type(inner).__name__}. Leave them at 0 "
             'and "stop", or build agvm_d2.trainer.MicroBatchTrainer in the project.'
         )
-    return MicroBatchTrainer(
+    trainer = MicroBatchTrainer(
         inner.model,
         inner.data_loader,
         inner.optimizer,
@@ -170,6 +169,9 @@ def in_micro_batches(
         precision=getattr(inner, "precision", None),
         skip_nonfinite=skip_nonfinite,
     )
+    if hasattr(inner, "gather_metric_period"):  # not in the PyPI wheel
+        trainer.gather_metric_period = inner.gather_metric_period
+    return trainer
 
 
 d2_create_ddp_model = defaults.create_ddp_model
@@ -234,8 +236,12 @@ class AGVMTrainerMixin:
 
     def build_hooks(self):
         if type(self.checkpointer) is DetectionCheckpointer:
+            stock = self.checkpointer
             self.checkpointer = SafeCheckpointer(
-                self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+                self.model,
+                stock.save_dir,
+                save_to_disk=stock.save_to_disk,
+                **stock.checkpointables,  # the trainer, and what the project adds, such as an EMA
             )
         built = super().build_hooks()
         loader = self._trainer.data_loader

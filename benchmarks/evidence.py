@@ -49,6 +49,8 @@ NAMES = {
 MAIN = ("sgd", "agvm", "gain", "adamw", "agvm_adamw", "lars", "lamb")  # in the figures
 COLOURS = dict(zip(NAMES, plt.cm.tab20.colors[::2] + plt.cm.tab20.colors[1::2], strict=False))
 KEPT = 0.98  # of the accuracy at batch 16
+TUNED = 3  # the seeds up to this one were seen when rates and rules were chosen
+FAILED = 1.0  # an accuracy below it is a run that failed, also if no loss was NaN
 WORKS = 0.9  # of a method's best accuracy at a batch: a learning rate that works
 
 
@@ -137,12 +139,12 @@ def by_batch(cells, varied: bool = False) -> str:
                 f"{chosen:g}",
                 *([cell.varied] if varied else []),
                 f"{every[0]['iterations']}",
-                f"{sum(row['diverged_at'] is not None for row in every)} of {len(every)}",
+                f"{sum(row['accuracy'] < FAILED for row in every)} of {len(every)}",
                 f"{statistics.median(row['seconds'] for row in every):.0f}",
             ]
         )
     head = ["pipeline", "epochs", "batch", "method", "accuracy, best LR tried", "LR"]
-    head += [*(["varied"] if varied else []), "iterations", "diverged", "s a run"]
+    head += [*(["varied"] if varied else []), "iterations", "failed", "s a run"]
     return table(head, rows)
 
 
@@ -203,8 +205,10 @@ def untuned(cells) -> str:
 
 
 def paired(cells) -> str:
-    """Each method against its optimizer without AGVM, and the gain against AGVM too: seed by seed,
-    since a seed's first weights and images are the same for all methods."""
+    """Each method against its optimizer without AGVM, and the gain against AGVM too, seed by seed.
+
+    A seed's images and heads start alike for all methods, the backbone for those of one torch.
+    """
     rows = []
     for cell in sorted(cells, key=order):
         plain = METHODS[cell.method].plain
@@ -214,19 +218,29 @@ def paired(cells) -> str:
             if cell.varied or rival == cell.method or against is None:
                 continue
             own, theirs = (
-                {row["seed"]: row["accuracy"] for row in lrs[best(lrs)]}
-                for lrs in (cells[cell], against)
+                {row["seed"]: row for row in lrs[best(lrs)]} for lrs in (cells[cell], against)
             )
-            found = [own[seed] - theirs[seed] for seed in sorted(own.keys() & theirs.keys())]
-            if len(found) > 1:
-                rows.append(
-                    [cell.pipeline, f"{cell.epochs}", f"{cell.batch}"]
-                    + [f"{NAMES[cell.method]} − {NAMES[rival]}"]
-                    + [", ".join(f"{x:+.1f}" for x in found)]
-                    + [f"{statistics.fmean(found):+.1f} ± {statistics.stdev(found):.1f}"]
-                )
+            found = {
+                seed: (own[seed]["accuracy"] - theirs[seed]["accuracy"])
+                for seed in sorted(own.keys() & theirs.keys())
+            }
+            mixed = {seed for seed in found if own[seed]["torch"] != theirs[seed]["torch"]}
+            held_out = [x for seed, x in found.items() if seed > TUNED]
+            rows.append(
+                [cell.pipeline, f"{cell.epochs}", f"{cell.batch}"]
+                + [f"{NAMES[cell.method]} − {NAMES[rival]}"]
+                + [", ".join(f"{x:+.1f}" + "†" * (seed in mixed) for seed, x in found.items())]
+                + [difference([*found.values()]), difference(held_out)]
+            )
     head = ["pipeline", "epochs", "batch", "methods", "difference by seed", "mean ± sd"]
-    return table(head, rows)
+    return table([*head, f"seeds {TUNED + 1} on"], rows)
+
+
+def difference(values: list[float]) -> str:
+    """mean ± sd, with its sign."""
+    if len(values) < 2:
+        return ""
+    return f"{statistics.fmean(values):+.1f} ± {statistics.stdev(values):.1f}"
 
 
 def kept(cells) -> str:
@@ -254,7 +268,7 @@ def kept(cells) -> str:
             *(
                 (
                     f"{max(b for b, x in shares.items() if x >= KEPT)}: "
-                    + ", ".join(f"{100 * shares[b]:.0f} % at {b}" for b in sorted(shares) if b > 16)
+                    + ", ".join(f"{100 * shares[b]:.1f} % at {b}" for b in sorted(shares) if b > 16)
                     if len(shares) > 1
                     else ""
                 )

@@ -505,8 +505,8 @@ GRID = [
     ),
     Cell("semantic_fpn", "agvm_split", 128, lrs=(0.1131,), seeds=1),
     *(
-        Cell(pipeline, method, 128, lrs=(lr,))
-        for pipeline in ("mask_rcnn", "panoptic_fpn")
+        Cell(pipeline, method, 128, lrs=(lr,), seeds=seeds)
+        for pipeline, seeds in (("mask_rcnn", 3), ("panoptic_fpn", 6))
         for method, lr in FIXED
     ),
     *(Cell(p, "sgd", 16, lrs=(0.08,), seeds=1) for p in ("mask_rcnn", "panoptic_fpn")),

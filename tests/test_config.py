@@ -1,7 +1,8 @@
 import pytest
+from detectron2.config import get_cfg
 from toy import toy_config
 
-from agvm_d2.config import check_config, check_datasets, micro_batches, read_config
+from agvm_d2.config import add_agvm_config, check_config, check_datasets, micro_batches, read_config
 
 RULES = "AGVM__MODULES"
 
@@ -10,6 +11,13 @@ def test_read_config_takes_values_that_are_not_strings(tmp_path):
     (tmp_path / "c.yaml").write_text("SEED: 1")
     cfg = read_config(str(tmp_path / "c.yaml"), ["SEED", 2, "SOLVER.STEPS", (3,)])
     assert (cfg.SEED, cfg.SOLVER.STEPS) == (2, (3,))
+
+
+def test_a_projects_own_optimizer_key_is_kept():
+    cfg = get_cfg()
+    cfg.SOLVER.OPTIMIZER = "ADAMW"
+    add_agvm_config(cfg)
+    assert cfg.SOLVER.OPTIMIZER == "ADAMW"
 
 
 def test_the_toy_config_is_good(tmp_path):

@@ -1,4 +1,4 @@
-"""docs/extending.md, word for word: each section's code, run as a user would."""
+"""docs/extending.md, each section's code, run as a user would; only AGVM starts earlier."""
 
 import json
 import os
@@ -22,7 +22,9 @@ def code(heading: str) -> str:
     with open(os.path.join(ROOT, "docs", "extending.md")) as f:
         sections = re.split(r"^## ", f.read(), flags=re.M)
     (section,) = (s for s in sections if s.startswith(heading))
-    return "\n".join(re.findall(r"^```python\n(.*?)^```", section, flags=re.M | re.S))
+    source = "\n".join(re.findall(r"^```python\n(.*?)^```", section, flags=re.M | re.S))
+    # Three iterations: too few to wait for the end of warm-up.
+    return re.sub(r"(start_iter ?= ?)1000", r"\g<1>1", source, flags=re.I)
 
 
 def config(folder):

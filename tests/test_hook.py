@@ -376,7 +376,7 @@ def test_an_unknown_mode_is_an_error():
         AGVMHook(model, sgd(model), rule="adascale")
 
 
-def test_from_config(d2_log, tmp_path):
+def test_from_config(tmp_path):
     model = ToyDetector()
     cfg = toy_config(
         tmp_path, AGVM__START_ITER=-1, SOLVER__WARMUP_ITERS=7, SOLVER__MICRO_BATCH_SIZE=2
@@ -385,7 +385,33 @@ def test_from_config(d2_log, tmp_path):
     assert hook.modulator.start_iter == 107  # 100 iterations after warm-up
     assert hook.modulator.interval == 2 and hook.modulator.momentum == 0.5
     assert hook._micro_batches == 4 and hook._batch_size == 8
-    assert "nothing will be measured" in d2_log.text  # MAX_ITER is 10
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"start_iter": 5, "stop_iter": 5}, "at 5: nothing will be measured"),
+        ({"rule": "gain", "batch_size": 16}, "a batch of 16 images is not above AGVM.BASE_BATCH"),
+    ],
+)
+def test_settings_without_effect_are_named(d2_log, options, message):
+    model = ToyDetector()
+    make_hook(model, sgd(model), start_iter=4, stop_iter=5)
+    make_hook(model, sgd(model), rule="gain", batch_size=32)
+    assert "nothing will be measured" not in d2_log.text and "is not above" not in d2_log.text
+    make_hook(model, sgd(model), **options)
+    assert message in d2_log.text
+
+
+def test_the_log_line_ends_with_the_factors(d2_log):
+    model = ToyDetector()
+    optimizer = sgd(model)
+    hook = make_hook(model, optimizer, interval=1, stop_iter=2, log_period=1, mode="monitor")
+    with EventStorage(0) as storage:
+        for i in range(4):
+            step(hook, model, optimizer, seed=i)
+            storage.step()
+    assert d2_log.text.count("variance and LR factor, not used,") == 2
 
 
 def test_trained_twice_by_one_trainer_keeps_working():

@@ -121,21 +121,36 @@ def test_tables(tmp_path):
         row(large._replace(lr=0.32), 8.0),
         row(large._replace(options="A 1"), 9.0),
         row(large._replace(workers=4), 7.0),
+        row(large._replace(method="gain"), 21.0),
+        row(large._replace(lr=0.01), 0.5),
     ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     cells = evidence.read(str(path))
     text = evidence.report(cells)
-    assert text.startswith("9 runs, 0.1 hours of one core")
+    assert text.startswith("11 runs, 0.2 hours of one core")
     assert "| faster_rcnn | 4 | 16 | SGD | 21.0 ± 1.4 (2) | 0.04 |" in text
-    assert "| faster_rcnn | 4 | 128 | SGD | 20.7 | 0.04 | 250 | 0 of 4 | 60 |" in text
+    assert "| faster_rcnn | 4 | 128 | SGD | 20.7 | 0.04 | 250 | 1 of 5 | 60 |" in text
     assert "| faster_rcnn | 4 | SGD | 0.02 to 0.04 (×2.0) |" in text  # 19.0 is 92 % of 20.7
     # 20.7 is 98.6 % of 21.0; the paper's rule and the linear one give 0.32, the square root 0.11.
-    assert "| faster_rcnn | 4 | SGD | 128: 99 % at 128 | 16: 38 % at 128 |" in text
+    assert "| faster_rcnn | 4 | SGD | 128: 98.6 % at 128 | 16: 38.1 % at 128 |" in text
     assert "| faster_rcnn | 4 | 128 | SGD | 20.7 |  | 8.0 | 8.0 | 20.7 |" in text
     assert "| faster_rcnn | 4 | 128 | SGD | 9.0 | 0.04 | `A 1` |" in text
     assert "| faster_rcnn | 4 | 128 | SGD | 7.0 | 0.04 | 4 workers |" in text
     evidence.draw(cells, str(tmp_path))
     assert (tmp_path / "evidence.png").stat().st_size > 10000
+
+
+def test_differences_by_seed():
+    cells: dict = {}
+    for method, accuracies in (("sgd", (20, 21, 22, 23, 24)), ("agvm", (21, 23, 21, 26, 25))):
+        runs = [
+            row(Run("faster_rcnn", method, 128, 0.1, seed, 4), accuracy)
+            for seed, accuracy in enumerate(accuracies, 1)
+        ]
+        cells[evidence.Cell("faster_rcnn", method, 128, 4)] = {0.1: runs}
+    runs[1]["torch"] = "1"
+    text = evidence.paired(cells)
+    assert "| AGVM − SGD | +1.0, +2.0†, -1.0, +3.0, +1.0 | +1.2 ± 1.5 | +2.0 ± 1.4 |" in text
 
 
 def test_the_page_holds_what_the_runs_say():

@@ -107,7 +107,7 @@ def test_two_workers_without_agvm(digits, tmp_path):
         (["agvm.modules=null"], "agvm.modules: found None"),
         (["agvm=null"], "agvm: found None, but it must be a dict"),
         (["agvm.log_period=0"], "agvm.log_period: found 0"),
-        (["agvm.start_iter=-1"], "agvm.start_iter: found -1"),
+        (["agvm.start_iter=-1"], "agvm.start_iter: a LazyConfig must name"),
         (["train.max_iter=abc"], "train.max_iter: found 'abc'"),
         (["train.clip_gradients.clip_type=foo"], "train.clip_gradients.clip_type: found 'foo'"),
         (["dataloader.train.num_workers=-1"], "dataloader.train.num_workers: found -1"),

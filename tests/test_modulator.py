@@ -116,3 +116,9 @@ def test_averages_of_another_number_of_units_start_anew():
     after.update(moments([4.0, 4.0], [3.0, 2.0], k=2))
     assert after.unit_sq.tolist() == [2.0, 2.0] and after.mean_sq.tolist() == [1.5, 1.0]
     assert after.factors[1] != 1 and before.factors[1] != 1
+
+
+def test_the_gain_needs_no_anchor():
+    assert Modulator(("encoder", "decoder"), rule="gain").anchor is None
+    with pytest.raises(ValueError, match="AGVM.ANCHOR: 'backbone' is not a module"):
+        Modulator(("encoder", "decoder"))

@@ -546,3 +546,9 @@ def test_no_sync_accumulation_of_another_loop_is_one_unit_a_worker(workers):
     results = workers(2).run(_accumulated_without_the_trainer, units)
     assert results[0].num_units == 2
     assert_equal(results[0], expected(ToyDetector(), units))
+
+
+def test_split_over_workers_asks_for_ddp():
+    model = ToyDetector()
+    with pytest.raises(ValueError, match="not inside DistributedDataParallel"):
+        build_tap(model, assign_modules(model), micro_batches=1, split=True)

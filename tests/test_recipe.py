@@ -32,6 +32,7 @@ def test_what_it_prints_can_be_pasted_and_is_the_papers_recipe(capsys, tmp_path)
     cfg = pasted(out, tmp_path)
     solver = cfg.SOLVER
     assert solver.BASE_LR == 0.32  # 0.16 * sqrt(512 / 128)
+    assert solver.CHECKPOINT_PERIOD == 156  # 5,000 x 16 / 512
     assert solver.MAX_ITER == 2812 and solver.STEPS == (1875, 2500)  # 90,000 x 16 / 512
     assert solver.WARMUP_ITERS == 352 and solver.WARMUP_METHOD == "exp"
     assert solver.CLIP_GRADIENTS.ITER_RANGE == (252, 452)
@@ -74,6 +75,20 @@ def test_adam_takes_the_square_root_of_another_projects_config(capsys, tmp_path)
     )
     out = run(capsys, "--config-file", tmp_path / "m2f.yaml", "--batch-size", 256)
     assert yaml.safe_load(out)["SOLVER"]["BASE_LR"] == 0.0004
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "is not a"),
+        ("- 1", "is not a"),
+        ("SOLVER: {BASE_LR: fast}", "under SOLVER: Type mismatch"),
+    ],
+)
+def test_bad_files(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(SystemExit, match=f"c.yaml'.* {message}"):
+        recipe.main(["--config-file", str(tmp_path / "c.yaml"), "--batch-size", "64"])
 
 
 @pytest.mark.parametrize(

@@ -579,6 +579,22 @@ def test_a_projects_detectron2_clipping_is_kept(tmp_path):
     assert (agvm_hook(trainer).modulator.factors[1:] != 1).all()
 
 
+def test_what_a_project_adds_to_its_checkpoints_stays(tmp_path):
+    class Average:
+        def state_dict(self):
+            return {"decay": 0.5}
+
+    class Project(ToyTrainer):
+        def build_hooks(self):
+            self.checkpointer.add_checkpointable("ema", Average())
+            return super().build_hooks()
+
+    trainer = Project(toy_config(tmp_path, SOLVER__MAX_ITER=1))
+    trainer.train()
+    saved = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert saved["ema"] == {"decay": 0.5} and "trainer" in saved
+
+
 def test_the_hook_comes_right_after_the_scheduler(tmp_path):
     kinds = [type(h).__name__ for h in ToyTrainer(toy_config(tmp_path))._hooks]
     assert kinds[kinds.index("LRScheduler") + 1] == "AGVMHook"
