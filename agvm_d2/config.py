@@ -73,6 +73,16 @@ TYPE_MISMATCH = re.compile(
 )
 
 
+def readable(error: Exception) -> ValueError:
+    """yacs' complaint about a key of a config, in words that name the key."""
+    mismatch = TYPE_MISMATCH.search(str(error))
+    if not mismatch:
+        return ValueError(f"config: {error}")
+    wanted, found, value, key = mismatch.groups()
+    wanted = "a group of keys" if wanted.endswith("CfgNode") else f"of type {wanted}"
+    return ValueError(f"{key}: found {value} of type {found}, but it must be {wanted}.")
+
+
 def read_config(path: str, opts: list) -> CN:
     """Detectron2's config with this package's keys, the file and then `opts`, KEY VALUE pairs.
 
@@ -92,14 +102,7 @@ def read_config(path: str, opts: list) -> CN:
     except yaml.YAMLError as error:
         raise ValueError(f"--config-file: '{path}' is not YAML: {error}") from None
     except (AssertionError, ValueError) as error:  # an unknown key or a wrong type, in yacs' words
-        mismatch = TYPE_MISMATCH.search(str(error))
-        if mismatch:
-            wanted, found, value, key = mismatch.groups()
-            wanted = "a group of keys" if wanted.endswith("CfgNode") else f"of type {wanted}"
-            raise ValueError(
-                f"{key}: found {value} of type {found}, but it must be {wanted}."
-            ) from None
-        raise ValueError(f"config: {error}") from None
+        raise readable(error) from None
     return cfg
 
 

@@ -8,7 +8,7 @@ import sys
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from .config import add_agvm_config
+from .config import add_agvm_config, readable
 from .solver import LR_RULES, scaled_lr
 
 # Of training, as in the paper: two epochs of sixteen.
@@ -91,9 +91,9 @@ def read_solver(path: str) -> CfgNode:
         raise ValueError(f"--config-file: '{path}' is not a config: it holds no keys.")
     cfg.SOLVER.set_new_allowed(True)
     try:
-        cfg.SOLVER.merge_from_other_cfg(CfgNode(given.get("SOLVER", {})))
+        cfg.merge_from_other_cfg(CfgNode({"SOLVER": given.get("SOLVER", {})}))
     except ValueError as error:
-        raise ValueError(f"--config-file: '{path}', under SOLVER: {error}") from None
+        raise readable(error) from None
     return cfg.SOLVER
 
 

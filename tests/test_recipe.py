@@ -80,14 +80,14 @@ def test_adam_takes_the_square_root_of_another_projects_config(capsys, tmp_path)
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "is not a"),
-        ("- 1", "is not a"),
-        ("SOLVER: {BASE_LR: fast}", "under SOLVER: Type mismatch"),
+        ("", "c.yaml' is not a"),
+        ("- 1", "c.yaml' is not a"),
+        ("SOLVER: {BASE_LR: fast}", "SOLVER.BASE_LR: found fast of type str"),
     ],
 )
 def test_bad_files(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(SystemExit, match=f"c.yaml'.* {message}"):
+    with pytest.raises(SystemExit, match=message):
         recipe.main(["--config-file", str(tmp_path / "c.yaml"), "--batch-size", "64"])
 
 
