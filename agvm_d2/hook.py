@@ -194,7 +194,7 @@ class AGVMHook(HookBase):
 
     def _warn_of_no_effect(self) -> None:
         modulator = self.modulator
-        end = getattr(getattr(self, "trainer", None), "max_iter", None)  # a plain loop has none
+        end = getattr(self.trainer, "max_iter", None)  # a plain loop has no trainer
         if 0 <= modulator.stop_iter <= modulator.start_iter:
             end = modulator.stop_iter
         if end is not None and modulator.start_iter >= end:

@@ -169,7 +169,7 @@ def in_micro_batches(
         precision=getattr(inner, "precision", None),
         skip_nonfinite=skip_nonfinite,
     )
-    if hasattr(inner, "gather_metric_period"):  # not in the PyPI wheel
+    if hasattr(inner, "gather_metric_period"):  # not in older Detectron2
         trainer.gather_metric_period = inner.gather_metric_period
     return trainer
 

@@ -29,11 +29,8 @@ def test_averaged_takes_the_ratio_of_averaged_moments():
 def test_gain_and_agvm_together(monkeypatch):
     # K = 2, one unit is batch 16: gains S1/S2 of 2 and 4/3; phi = 2 (S1 - S2)/S1 of 1 and 0.5.
     measured = moments([2.0, 1.0], [1.0, 0.75], 2)
-    names, opts = ["backbone", "fpn"], {
-        "momentum": 0.0,
-        "base_share": 0.5,
-        "ratio_range": (0.5, 10),
-    }
+    names = ["backbone", "fpn"]
+    opts = {"momentum": 0.0, "base_share": 0.5, "ratio_range": (0.5, 10)}
     product = Combined(names, rule="gain", **opts)
     product.update(measured)
     assert product.factors.tolist() == pytest.approx([2, 4 / 3 * 2**0.5], rel=1e-5)
