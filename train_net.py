@@ -13,10 +13,12 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 
 import agvm_d2.data  # noqa: F401  registers the bundled datasets
-from agvm_d2 import AGVMTrainer, lazy
-from agvm_d2.checkpoint import SafeCheckpointer
-from agvm_d2.config import check_config, check_datasets, check_names, read_config
-from agvm_d2.launch import detect, launch
+from agvm_d2 import AGVMTrainer
+from agvm_d2.d2 import lazy
+from agvm_d2.d2.checkpoint import AtomicCheckpointer
+from agvm_d2.d2.checks import check_config, check_datasets, check_names
+from agvm_d2.d2.config import read_config
+from agvm_d2.d2.launch import launch, worker_from_environment
 
 
 def setup(args) -> CfgNode | DictConfig:
@@ -77,7 +79,7 @@ def main(args):
         return lazy_main(args, cfg)
     if args.eval_only:
         model = AGVMTrainer.build_model(cfg)
-        SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+        AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         results = AGVMTrainer.test(cfg, model)
@@ -93,7 +95,7 @@ def lazy_main(args, cfg: DictConfig):
     if not args.eval_only:
         return lazy.do_train(cfg, args.resume)
     model = instantiate(cfg.model).to(cfg.train.device)
-    SafeCheckpointer(model, cfg.train.output_dir).resume_or_load(
+    AtomicCheckpointer(model, cfg.train.output_dir).resume_or_load(
         cfg.train.init_checkpoint, resume=args.resume
     )
     results = lazy.do_test(cfg, model)
@@ -104,7 +106,7 @@ def lazy_main(args, cfg: DictConfig):
 def invoke_main() -> None:
     args = default_argument_parser().parse_args()
     try:  # once, before any worker starts
-        worker = detect(args)
+        worker = worker_from_environment(args)
         setup(args)
     except (ValueError, KeyError, OSError) as error:
         sys.exit(f"train_net.py: error: {error.args[0] if len(error.args) == 1 else error}")

@@ -1,17 +1,59 @@
-"""Large-batch training for Detectron2: the Adaptive Gradient Variance Modulator (AGVM)."""
+"""Large-batch training: the Adaptive Gradient Variance Modulator (AGVM), for Detectron2 and for any
+PyTorch loop.
 
-from .config import add_agvm_config
-from .hook import AGVMHook
-from .solver import build_optimizer, split_param_groups
-from .trainer import AGVMTrainer, AGVMTrainerMixin
+The algorithm, without Detectron2: gradients -> `norms` -> `moments` -> `variance` -> `rules` ->
+`modulator` -> learning rates, in that order around a loop by `agvm`; beside it `settings`,
+`modules`, `param_groups` and `split`, the paper's estimator. Detectron2's wing: `d2`, `solver`,
+`data`.
+"""
 
-__version__ = "0.1.0"
+from __future__ import annotations
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .agvm import AGVM
+from .param_groups import split_param_groups
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from .d2.config import add_agvm_config
+    from .d2.hook import AGVMHook
+    from .d2.trainer import AGVMTrainer, AGVMTrainerMixin
+    from .solver import build_optimizer
+
+__version__ = "0.2.0"
 
 __all__ = [
+    "AGVM",
     "AGVMHook",
     "AGVMTrainer",
     "AGVMTrainerMixin",
+    "Settings",
     "add_agvm_config",
     "build_optimizer",
     "split_param_groups",
 ]
+
+_DETECTRON2 = {
+    "AGVMHook": ".d2.hook",
+    "AGVMTrainer": ".d2.trainer",
+    "AGVMTrainerMixin": ".d2.trainer",
+    "add_agvm_config": ".d2.config",
+    "build_optimizer": ".solver",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs Detectron2 when it is asked for."""
+    if name not in _DETECTRON2:
+        raise AttributeError(f"module 'agvm_d2' has no attribute '{name}'")
+    try:
+        return getattr(importlib.import_module(_DETECTRON2[name], __name__), name)
+    except ModuleNotFoundError as error:
+        if error.name != "detectron2":
+            raise
+        raise ModuleNotFoundError(
+            f"agvm_d2.{name} needs Detectron2, which is not installed: "
+            "pip install 'git+https://github.com/facebookresearch/detectron2.git'",
+            name=error.name,
+        ) from error

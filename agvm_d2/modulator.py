@@ -5,61 +5,43 @@ from collections.abc import Sequence
 import torch
 
 from .moments import Moments
-from .variance import lr_gain, lr_ratio, pairwise_variance, split_variance
+from .rules import Rule
+from .variance import noise_scale
 
 
 class Modulator:
-    """LR factor of each module, every `interval` iterations: mu <- a mu + (1 - a) sqrt(r), or
-    a mu + (1 - a) gain.
+    """LR factor of each module: mu <- a mu + (1 - a) rule(moments) at each measurement.
+
+    >>> from agvm_d2.moments import pairwise_moments
+    >>> modulator = Modulator(["fpn"], rule=lambda moments: torch.tensor([3.0]), momentum=0.5)
+    >>> modulator.update(pairwise_moments(torch.tensor([2.0]), torch.tensor([1.0]), num_units=2))
+    >>> modulator.factors.tolist()
+    [2.0]
 
     Args:
         names: modules, in the order of the moments.
-        anchor: the module whose variance the others are brought to; its factor stays 1. Not used by
-            the gain.
+        rule: such as `rules.variance_rule` builds.
         momentum: a, in [0, 1).
-        ratio_range: bounds of the ratio r.
         interval: iterations from one measurement to the next.
         start_iter: the first measured iteration; factors are 1 before it.
         stop_iter: from this iteration on nothing is measured and factors are 1 again; -1: never.
-        rule: "variance", the paper's, or "gain", `lr_gain`, without anchor and ratio range.
-        base_share: for the gain, the batch that the learning rate is for, over this batch.
-
-    Raises:
-        ValueError: the anchor is not one of the modules.
     """
 
     def __init__(
         self,
         names: Sequence[str],
-        anchor: str = "backbone",
+        rule: Rule,
         momentum: float = 0.97,
-        ratio_range: tuple[float, float] = (0.5, 10.0),
         interval: int = 10,
         start_iter: int = 0,
         stop_iter: int = -1,
-        rule: str = "variance",
-        base_share: float = 1.0,
     ):
-        if rule == "variance" and anchor not in names:
-            raise ValueError(
-                f"AGVM.ANCHOR: '{anchor}' is not a module with trainable parameters; "
-                f"the modules are {', '.join(names)}."
-            )
-        self.names = list(names)
-        self.anchor = self.names.index(anchor) if anchor in names else None
-        self.momentum = momentum
-        self.ratio_range = ratio_range
-        self.interval = interval
-        self.start_iter = start_iter
-        self.stop_iter = stop_iter
-        self.rule = rule
-        self.base_share = base_share
-        nan = torch.full((len(names),), torch.nan, dtype=torch.float64)
-        self.factors = torch.ones_like(nan)
-        self.variance = nan  # the last measurement's; NaN where there was none
+        self.names, self.rule, self.momentum = list(names), rule, momentum
+        self.interval, self.start_iter, self.stop_iter = interval, start_iter, stop_iter
+        self.factors = torch.ones(len(names), dtype=torch.float64)
+        self.variance = torch.full_like(self.factors, torch.nan)  # the last measurement's
         # Averages of S1 and S2 for the noise scale; a ratio of them needs no bias correction.
-        self.unit_sq = torch.zeros_like(nan)
-        self.mean_sq = torch.zeros_like(nan)
+        self.unit_sq, self.mean_sq = self.factors * 0, self.factors * 0
         self.num_units = 0
 
     def active(self, iteration: int) -> bool:
@@ -71,36 +53,38 @@ class Modulator:
         return self.active(iteration) and (iteration - self.start_iter) % self.interval == 0
 
     def update(self, moments: Moments) -> None:
-        """Take a measurement in. A module without a finite variance keeps its factor."""
-        unit_sq, mean_sq, num_units, halves, share = moments
-        if num_units != self.num_units:  # averages of other units, before a resume
-            self.unit_sq, self.mean_sq = torch.zeros_like(unit_sq), torch.zeros_like(mean_sq)
-            self.num_units = num_units
-        if halves is None:
-            self.variance = pairwise_variance(unit_sq, mean_sq, self.num_units)
-        else:
-            self.variance = split_variance(*halves, mean_sq, share)
-        a = self.momentum
+        """Take a measurement in. A module where it is not finite keeps what it had."""
+        if moments.num_units != self.num_units:  # averages of other units, before a resume
+            self.unit_sq, self.mean_sq = self.factors * 0, self.factors * 0
+            self.num_units = moments.num_units
+        self.variance = moments.variance
         valid = self.variance.isfinite()
-        self.unit_sq = torch.where(valid, a * self.unit_sq + (1 - a) * unit_sq, self.unit_sq)
-        self.mean_sq = torch.where(valid, a * self.mean_sq + (1 - a) * mean_sq, self.mean_sq)
+        self.unit_sq = self._average(self.unit_sq, moments.unit_sq, valid)
+        self.mean_sq = self._average(self.mean_sq, moments.mean_sq, valid)
         # Of each measurement, not of averaged moments, which one huge gradient would rule for long.
-        if self.rule == "gain":
-            target = lr_gain(unit_sq, mean_sq, num_units, num_units * self.base_share)
-        else:
-            target = lr_ratio(self.variance, self.variance[self.anchor], self.ratio_range).sqrt()
-        valid = target.isfinite()
-        self.factors = torch.where(valid, a * self.factors + (1 - a) * target, self.factors)
+        target = self.rule(moments)
+        self.factors = self._average(self.factors, target, target.isfinite())
+
+    def _average(self, old: torch.Tensor, new: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        return torch.where(valid, self.momentum * old + (1 - self.momentum) * new, old)
+
+    def noise_scale(self, batch_size: int | None) -> dict[str, float]:
+        """B_simple of each module and of the whole "model" in images, from averaged moments.
+
+        NaN where it is not measurable, before the first measurement, or without a batch size. With
+        Adam it is that of the preconditioned gradients.
+        """
+        names = [*self.names, "model"]
+        if not self.num_units or not batch_size:
+            return dict.fromkeys(names, torch.nan)
+        sums = [torch.cat([s, s.sum(0, keepdim=True)]) for s in (self.unit_sq, self.mean_sq)]
+        values = noise_scale(*sums, self.num_units, batch_size / self.num_units)
+        return dict(zip(names, values.tolist(), strict=True))
 
     def state_dict(self) -> dict:
         """Lists and numbers only: a checkpoint that `torch.load(weights_only=True)` takes."""
-        return {
-            "modules": list(self.names),
-            "factors": self.factors.tolist(),
-            "unit_sq": self.unit_sq.tolist(),
-            "mean_sq": self.mean_sq.tolist(),
-            "num_units": self.num_units,
-        }
+        arrays = {key: getattr(self, key).tolist() for key in ("factors", "unit_sq", "mean_sq")}
+        return {"modules": list(self.names), "num_units": self.num_units, **arrays}
 
     def load_state_dict(self, state: dict) -> None:
         """

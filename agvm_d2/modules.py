@@ -1,4 +1,4 @@
-"""Which module each parameter belongs to: ordered rules, the first match wins."""
+"""Which module each parameter belongs to: ordered patterns, the first match wins."""
 
 from __future__ import annotations
 import re
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-Rules = Sequence[tuple[str, str]]
+ModulePatterns = Sequence[tuple[str, str]]
 
 # (module, regex matched at the start of the parameter's name). Detectron2 keeps the FPN inside
 # `model.backbone`; C4 models keep res5 of the backbone inside `roi_heads`.
-DEFAULT_RULES: Rules = (
+DEFAULT_PATTERNS: ModulePatterns = (
     ("backbone", r"backbone\.(?!fpn_|top_block\.|simfp_)|roi_heads\.res5\."),
     ("fpn", r"backbone\."),
     ("rpn", r"proposal_generator\."),
@@ -28,8 +28,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def children_rules(names: Sequence[str]) -> Rules:
-    """One module a child of the model, going down while there is only one; names are parameters'.
+def children_patterns(names: Sequence[str]) -> ModulePatterns:
+    """One module per child of the model, going down while there is only one; names are parameters'.
 
     For `detr.backbone.0.weight`, `detr.head.weight`: backbone and head. A parameter of the model
     itself is in "rest".
@@ -45,47 +45,48 @@ def children_rules(names: Sequence[str]) -> Rules:
     return [(child, re.escape(f"{prefix}{child}.")) for child in parents] + [("rest", "")]
 
 
-def assign_modules(model: nn.Module, rules: Rules = ()) -> dict[str, list[nn.Parameter]]:
+def assign_modules(
+    model: nn.Module, patterns: ModulePatterns = ()
+) -> dict[str, list[nn.Parameter]]:
     """Assign every trainable parameter of `model` to exactly one module.
 
     Args:
         model: a model, also inside DistributedDataParallel. Frozen parameters are skipped; a shared
             parameter counts once, under its first name.
-        rules: pairs (module name, regex); a regex is matched at the start of a parameter's name and
-            the first match wins. Two pairs may name the same module. Empty: `DEFAULT_RULES`, or,
-            for an architecture where none of those but the last fits, `children_rules`.
+        patterns: pairs (module name, regex); a regex is matched at the start of a parameter's name
+            and the first match wins. Two pairs may name the same module. Empty:
+            `DEFAULT_PATTERNS`, or, where none of those but the last fits, `children_patterns`.
 
     Returns:
-        module name -> its parameters, in the order of the rules, without empty modules.
+        module name -> its parameters, in the order of the patterns, without empty modules.
 
     Raises:
-        ValueError: a parameter that no rule matches, or a given rule that matches none.
+        ValueError: a parameter that no pattern matches, or a given pattern that matches none.
     """
-    given = bool(rules)
+    given = bool(patterns)
     trainable = [(n, p) for n, p in unwrap(model).named_parameters() if p.requires_grad]
     if not given:
-        known = any(re.match(regex, n) for _, regex in DEFAULT_RULES[:-1] for n, _ in trainable)
-        rules = DEFAULT_RULES if known else children_rules([n for n, _ in trainable])
-    patterns = [(name, re.compile(regex)) for name, regex in rules]
+        known = any(re.match(regex, n) for _, regex in DEFAULT_PATTERNS[:-1] for n, _ in trainable)
+        patterns = DEFAULT_PATTERNS if known else children_patterns([n for n, _ in trainable])
     found: list[list[nn.Parameter]] = [[] for _ in patterns]
     for param_name, param in trainable:
-        for params, (_, pattern) in zip(found, patterns, strict=True):
-            if pattern.match(param_name):
+        for params, (_, regex) in zip(found, patterns, strict=True):
+            if re.match(regex, param_name):
                 params.append(param)
                 break
         else:
             raise ValueError(
-                f"AGVM.MODULES: no rule matches the trainable parameter '{param_name}'. "
+                f"AGVM.MODULES: no pattern matches the trainable parameter '{param_name}'. "
                 'Add a pair for it, or end with the catch-all ("rest", "").'
             )
     modules: dict[str, list[nn.Parameter]] = {}
-    for params, (name, regex) in zip(found, rules, strict=True):
+    for params, (name, regex) in zip(found, patterns, strict=True):
         if params:
             modules.setdefault(name, []).extend(params)
         elif given:
             raise ValueError(
-                f'AGVM.MODULES: the rule ("{name}", "{regex}") matches no trainable parameter that '
-                "an earlier rule has not taken. Correct the regex, its place, or remove it."
+                f'AGVM.MODULES: the pair ("{name}", "{regex}") matches no trainable parameter '
+                "that an earlier pair has not taken. Correct the regex, its place, or remove it."
             )
     if not modules:
         raise ValueError("The model has no trainable parameter.")

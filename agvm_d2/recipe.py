@@ -8,8 +8,8 @@ import sys
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from .config import add_agvm_config, readable
-from .solver import LR_RULES, scaled_lr
+from .d2.config import add_agvm_config, naming_the_key
+from .solver.schedule import LR_SCALINGS, scaled_lr
 
 # Of training, as in the paper: two epochs of sixteen.
 WARMUP = 1 / 8
@@ -19,21 +19,21 @@ CLIP = 100
 FEW_ITERATIONS = 900
 
 
-def recipe(solver: CfgNode, batch: int, rule: str | None = None) -> dict:
+def recipe(solver: CfgNode, batch: int, scaling: str | None = None) -> dict:
     """Config keys for training as long as `solver` does (the same number of images), at `batch`.
 
     Args:
         solver: SOLVER of a config that works at its own IMS_PER_BATCH.
-        rule: of `scaled_lr`; by default "sqrt" for ADAMW and LAMB and "linear-sqrt" for the others.
+        scaling: of `scaled_lr`; by default "sqrt" for ADAMW and LAMB, else "linear-sqrt".
             "gain": the learning rate stays, and AGVM.RULE "gain" multiplies each module's.
 
     Raises:
         ValueError: a batch that is not positive, or so large that nothing is left to train.
     """
-    if rule is None:
-        rule = "sqrt" if solver.OPTIMIZER in ("ADAMW", "LAMB") else "linear-sqrt"
-    gain = rule == "gain"
-    lr = solver.BASE_LR if gain else scaled_lr(batch, rule, solver.BASE_LR, solver.IMS_PER_BATCH)
+    if scaling is None:
+        scaling = "sqrt" if solver.OPTIMIZER in ("ADAMW", "LAMB") else "linear-sqrt"
+    gain = scaling == "gain"
+    lr = solver.BASE_LR if gain else scaled_lr(batch, scaling, solver.BASE_LR, solver.IMS_PER_BATCH)
     shrink = solver.IMS_PER_BATCH / batch
     iterations = round(solver.MAX_ITER * shrink)
     warmup = round(iterations * WARMUP)
@@ -93,7 +93,7 @@ def read_solver(path: str) -> CfgNode:
     try:
         cfg.merge_from_other_cfg(CfgNode({"SOLVER": given.get("SOLVER", {})}))
     except ValueError as error:
-        raise readable(error) from None
+        raise naming_the_key(error) from None
     return cfg.SOLVER
 
 
@@ -101,13 +101,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-file", required=True, help="a config that works at its batch")
     parser.add_argument("--batch-size", required=True, type=int, help="images of one iteration")
-    parser.add_argument("--rule", choices=(*LR_RULES, "gain"), help="default: by the optimizer")
+    parser.add_argument(
+        "--rule",
+        dest="scaling",
+        choices=(*LR_SCALINGS, "gain"),
+        help="how the learning rate grows with the batch; default: by the optimizer",
+    )
     args = parser.parse_args(argv)
     try:
         if not os.path.isfile(args.config_file):
             raise FileNotFoundError(f"--config-file: '{args.config_file}' is not a file")
         solver = read_solver(args.config_file)
-        keys = recipe(solver, args.batch_size, args.rule)
+        keys = recipe(solver, args.batch_size, args.scaling)
     except (ValueError, KeyError, OSError) as error:
         sys.exit(f"agvm_d2.recipe: error: {error}")
     print(

@@ -2,8 +2,8 @@
 
 Notation: u_1..u_K are K independent gradients ("units") of one module, m their mean,
 S1 = mean_k |u_k|^2 (`unit_sq`) and S2 = |m|^2 (`mean_sq`). Inputs are floats or tensors of one
-value a module; a float comes back for floats, a float64 tensor for tensors. Undefined values
-(0/0) are NaN.
+value per module; a float comes back for floats, a float64 tensor for tensors. Undefined values
+(0/0) are NaN. Where `num_units` is K, K < 2 is a ValueError.
 """
 
 from __future__ import annotations
@@ -13,16 +13,14 @@ import torch
 EPS = 1e-6  # keeps the ratio finite; the official code's value
 
 
-def _elementwise(rule):
-    """Let `rule` on float64 tensors also take and return plain numbers."""
+def _elementwise(function):
+    """Let `function` on float64 tensors also take and return plain numbers."""
 
-    @functools.wraps(rule)
+    @functools.wraps(function)
     def call(*args, **kwargs):
-        # num_units and bounds pass through as_tensor unharmed: every rule is plain arithmetic.
-        out = rule(
-            *(torch.as_tensor(a, dtype=torch.float64) for a in args),
-            **{k: torch.as_tensor(v, dtype=torch.float64) for k, v in kwargs.items()},
-        )
+        # num_units and bounds pass through as_tensor unharmed: all is plain arithmetic.
+        values = {k: torch.as_tensor(v, dtype=torch.float64) for k, v in kwargs.items()}
+        out = function(*(torch.as_tensor(a, dtype=torch.float64) for a in args), **values)
         return out.item() if out.ndim == 0 else out
 
     return call
@@ -40,10 +38,8 @@ def pairwise_variance(unit_sq, mean_sq, num_units):
     With p = (K S2 - S1)/(K - 1), the mean inner product of two different units, a half's mean has
     E|a|^2 = (2 S1 + (K - 2) p)/K, and phi = 1 - p/E|a|^2 = 2 (S1 - S2)/((K - 2) S2 + S1).
 
-    Args:
-        unit_sq: S1, the mean squared norm of the units' gradients.
-        mean_sq: S2, the squared norm of their mean.
-        num_units: K >= 2 (ValueError otherwise).
+    >>> pairwise_variance(2.0, 1.0, 2)  # two orthogonal gradients
+    1.0
     """
     _check_units(num_units)
     # Rounding may leave S1 a little under S2. Never capped above: with SyncBN phi exceeds 1.
@@ -70,8 +66,7 @@ def lr_ratio(variance, anchor, ratio_range=(0.5, 10.0)):
     """r = clip((phi_anchor + 1e-6)/(phi + 1e-6), *ratio_range); the LR factor follows sqrt(r).
 
     Args:
-        variance: phi of the module(s).
-        anchor: phi of the anchor module.
+        variance, anchor: phi of the module(s), and of the anchor module.
         ratio_range: bounds (low, high) of the ratio; (0.5, 10) in the paper.
     """
     return ((anchor + EPS) / (variance + EPS)).clamp(*ratio_range)
@@ -83,11 +78,7 @@ def lr_gain(unit_sq, mean_sq, num_units, base_units=1):
     learning rate known at a small batch, E|g|^2 there over E|g|^2 at this one.
 
     Between 1 (all signal) and K/n (all noise), and (1 + B/base)/(1 + B/batch) with the noise scale
-    B.
-
-    Args:
-        unit_sq, mean_sq, num_units: as for `pairwise_variance`.
-        base_units: n, units in the small batch; any positive number.
+    B. `base_units` is n, units in the small batch; any positive number.
     """
     _check_units(num_units)
     trace = (unit_sq - mean_sq).clamp(min=0) * num_units / (num_units - 1)  # of a unit's Sigma
@@ -98,15 +89,12 @@ def lr_gain(unit_sq, mean_sq, num_units, base_units=1):
 
 @_elementwise
 def noise_scale(unit_sq, mean_sq, num_units, unit_batch):
-    """B_simple = tr(Sigma)/|G|^2 in images (McCandlish et al. 2018, appendix A.1).
+    """B_simple = tr(Sigma)/|G|^2 in images (McCandlish et al. 2018, appendix A.1), from units of
+    `unit_batch` images.
 
     tr(Sigma)/unit_batch = (S1 - S2) K/(K - 1) and |G|^2 = S2 - (S1 - S2)/(K - 1) are unbiased;
     their ratio is not, so give averages of S1 and S2 over several steps. NaN where the estimate
     of |G|^2 is not positive, that is, where noise drowns the gradient.
-
-    Args:
-        unit_sq, mean_sq, num_units: as for `pairwise_variance`.
-        unit_batch: images behind each unit's gradient.
     """
     _check_units(num_units)
     spread = (unit_sq - mean_sq).clamp(min=0) / (num_units - 1)

@@ -21,9 +21,10 @@ from torch import nn
 
 import agvm_d2.data  # noqa: F401  registers the bundled datasets
 
-from . import lazy
-from .checkpoint import SafeCheckpointer
-from .config import check_datasets, check_device, read_config
+from .d2 import lazy
+from .d2.checkpoint import AtomicCheckpointer
+from .d2.checks import check_datasets, check_device
+from .d2.config import read_config
 
 SIDE = 480  # pixels of the shorter side of a drawn image, at least
 
@@ -75,7 +76,7 @@ def load(config_file: str, opts: list[str]) -> tuple[nn.Module, Callable, str]:
     else:
         model = instantiate(cfg.model).to(device)
         mapper = instantiate(cfg.dataloader.test.mapper)
-    SafeCheckpointer(model).load(weights)
+    AtomicCheckpointer(model).load(weights)
     return model.eval(), mapper, names[0]
 
 

@@ -26,7 +26,7 @@ from torch import nn
 from tqdm import trange
 
 from agvm_d2 import AGVMTrainer, add_agvm_config
-from agvm_d2.checkpoint import SafeCheckpointer
+from agvm_d2.d2.checkpoint import AtomicCheckpointer
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIG = os.path.join(ROOT, "configs/Digits-Detection/faster_rcnn_thin_R_50_FPN_bs64_agvm.yaml")
@@ -41,12 +41,12 @@ def saves(kills: int, rng: random.Random) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         first = nn.Linear(1, 1)
         nn.init.zeros_(first.weight)
-        SafeCheckpointer(first, folder).save("model_start", iteration=0)
+        AtomicCheckpointer(first, folder).save("model_start", iteration=0)
         for kill in range(kills):
             pid = os.fork()
             if pid == 0:
                 model = nn.Linear(1000, 2000)  # 8 MB
-                checkpointer = SafeCheckpointer(model, folder, save_to_disk=True)
+                checkpointer = AtomicCheckpointer(model, folder, save_to_disk=True)
                 i = 0
                 while True:
                     with torch.no_grad():

@@ -107,7 +107,7 @@ def test_numbers_of_workers():
 
 
 def test_nan_is_in_no_range():
-    from agvm_d2.config import RANGES
+    from agvm_d2.d2.checks import RANGES
 
     for key, (holds, _) in RANGES.items():
         if "STEPS" not in key:

@@ -5,13 +5,13 @@ import pytest
 import torch
 from toy import ToyDetector
 
-from agvm_d2.checkpoint import SafeCheckpointer
+from agvm_d2.d2.checkpoint import AtomicCheckpointer
 
 
 @pytest.fixture
 def saved(tmp_path):
     """A checkpointer with one whole checkpoint."""
-    checkpointer = SafeCheckpointer(ToyDetector(), str(tmp_path))
+    checkpointer = AtomicCheckpointer(ToyDetector(), str(tmp_path))
     checkpointer.save("model_0", iteration=0)
     return checkpointer
 
@@ -22,7 +22,7 @@ def whole(folder) -> dict:
 
 
 def test_save_and_load(saved, tmp_path):
-    other = SafeCheckpointer(ToyDetector(seed=1), str(tmp_path))
+    other = AtomicCheckpointer(ToyDetector(seed=1), str(tmp_path))
     assert other.resume_or_load("", resume=True)["iteration"] == 0
     for a, b in zip(saved.model.parameters(), other.model.parameters()):
         assert torch.equal(a, b)
@@ -61,7 +61,7 @@ def test_weights_with_nan_are_not_saved(saved, tmp_path):
 def test_statistics_with_nan_are_not_saved_but_masks_are(tmp_path):
     model = torch.nn.BatchNorm1d(2)
     model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
-    checkpointer = SafeCheckpointer(model, str(tmp_path))
+    checkpointer = AtomicCheckpointer(model, str(tmp_path))
     checkpointer.save("good")
     model.running_mean[0] = torch.nan
     with pytest.raises(FloatingPointError, match="'running_mean'"):
@@ -82,7 +82,7 @@ def test_nothing_that_could_run_code_is_loaded(tmp_path, suffix, monkeypatch):
     else:
         path.write_bytes(pickle.dumps({"model": {}, "__author__": "x", "evil": Evil()}))
     with pytest.raises((ValueError, pickle.UnpicklingError), match="mkdir|tensors and plain"):
-        SafeCheckpointer(ToyDetector()).load(str(path))
+        AtomicCheckpointer(ToyDetector()).load(str(path))
     assert not (tmp_path / "evil").exists()
 
 
@@ -92,7 +92,7 @@ def test_the_model_zoos_pickles_are_loaded(tmp_path, protocol):
     arrays = {k: v.numpy() + 1 for k, v in model.state_dict().items()}
     data = {"model": arrays, "__author__": "Someone", "scale": np.float32(2.0)}
     (tmp_path / "m.pkl").write_bytes(pickle.dumps(data, protocol=protocol))
-    SafeCheckpointer(model).load(str(tmp_path / "m.pkl"))
+    AtomicCheckpointer(model).load(str(tmp_path / "m.pkl"))
     for key, value in model.state_dict().items():
         assert torch.equal(value, torch.from_numpy(arrays[key]))
 
@@ -100,4 +100,4 @@ def test_the_model_zoos_pickles_are_loaded(tmp_path, protocol):
 def test_a_torn_file_is_named(tmp_path):
     (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04 torn")
     with pytest.raises(ValueError, match="torn.pth' cannot be read"):
-        SafeCheckpointer(ToyDetector()).load(str(tmp_path / "torn.pth"))
+        AtomicCheckpointer(ToyDetector()).load(str(tmp_path / "torn.pth"))

@@ -2,9 +2,11 @@ import pytest
 from detectron2.config import get_cfg
 from toy import toy_config
 
-from agvm_d2.config import add_agvm_config, check_config, check_datasets, micro_batches, read_config
+from agvm_d2.d2.checks import check_config, check_datasets
+from agvm_d2.d2.config import add_agvm_config, read_config
+from agvm_d2.d2.micro_batches import micro_batches
 
-RULES = "AGVM__MODULES"
+PATTERNS = "AGVM__MODULES"
 
 
 def test_read_config_takes_values_that_are_not_strings(tmp_path):
@@ -39,9 +41,9 @@ def test_the_toy_config_is_good(tmp_path):
         ({"AGVM__RATIO_RANGE": (2.0, 10.0)}, r"AGVM.RATIO_RANGE: found \(2.0, 10.0\)"),
         ({"AGVM__RATIO_RANGE": (0.5,)}, r"AGVM.RATIO_RANGE: found \(0.5,\)"),
         ({"AGVM__RATIO_RANGE": ("a", "b")}, "AGVM.RATIO_RANGE: found .'a', 'b'."),
-        ({RULES: ("backbone",)}, "AGVM.MODULES: found 'backbone', .*pair"),
-        ({RULES: (("a", "b", "c"),)}, "AGVM.MODULES: found .'a', 'b', 'c'., .*pair"),
-        ({RULES: (("rpn", "("),)}, r"AGVM.MODULES: '\(' of module 'rpn' is not a regex"),
+        ({PATTERNS: ("backbone",)}, "AGVM.MODULES: found .'backbone',., .*pairs"),
+        ({PATTERNS: (("a", "b", "c"),)}, "AGVM.MODULES: found ..'a', 'b', 'c'.,., .*pairs"),
+        ({PATTERNS: (("rpn", "("),)}, r"AGVM.MODULES: '\(' of module 'rpn' is not a regex"),
         ({"SOLVER__OPTIMIZER": "ADAM"}, "SOLVER.OPTIMIZER: found 'ADAM', .*SGD, ADAMW"),
         ({"SOLVER__WARMUP_METHOD": "cubic"}, "SOLVER.WARMUP_METHOD: found 'cubic'"),
         (

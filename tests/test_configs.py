@@ -9,8 +9,9 @@ import torch
 from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import build_model
 
-from agvm_d2 import add_agvm_config, build_optimizer, lazy
-from agvm_d2.config import check_config
+from agvm_d2 import add_agvm_config, build_optimizer
+from agvm_d2.d2 import lazy
+from agvm_d2.d2.checks import check_config
 from agvm_d2.modules import assign_modules, unwrap
 from agvm_d2.solver import build_lr_scheduler, split_param_groups
 

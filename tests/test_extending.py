@@ -9,7 +9,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 import agvm_d2.data  # noqa: F401
-from agvm_d2 import lazy
+from agvm_d2.d2 import lazy
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DIGITS = os.path.join(ROOT, "configs/Base-RCNN-FPN-Digits.yaml")

@@ -9,6 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from agvm_d2.modulator import Modulator
 from agvm_d2.moments import BucketTap
+from agvm_d2.rules import variance_rule
+from agvm_d2.settings import Settings
 
 STEPS, STEPS_A_MODEL, WORKERS = 1000, 50, 4
 
@@ -74,7 +76,8 @@ def fuzz():
             modules = {n: [p for p, o in zip(model.params, owners) if f"m{o}" == n] for n in names}
             ddp = DistributedDataParallel(model, bucket_cap_mb=0.02, find_unused_parameters=True)
             tap = BucketTap(ddp, modules)
-            modulator = Modulator(names, anchor="m0", momentum=0.9)
+            rule = variance_rule(Settings(anchor="m0"), names, None)
+            modulator = Modulator(names, rule, momentum=0.9)
         all_xs = [gradients_of(model, owners, step, r) for r in range(WORKERS)]
         tap.start()
         ddp.zero_grad()

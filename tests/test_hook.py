@@ -113,7 +113,7 @@ def test_gain_scales_each_module_as_the_literal_algorithm(base_batch_size, base_
 
 def test_gain_needs_the_batch():
     model = ToyDetector()
-    with pytest.raises(ValueError, match="rule 'gain' needs batch_size"):
+    with pytest.raises(ValueError, match="AGVM.RULE gain needs batch_size"):
         AGVMHook(model, sgd(model), rule="gain")
 
 
@@ -384,7 +384,7 @@ def test_from_config(tmp_path):
     hook = AGVMHook(cfg, model, sgd(model))
     assert hook.modulator.start_iter == 107  # 100 iterations after warm-up
     assert hook.modulator.interval == 2 and hook.modulator.momentum == 0.5
-    assert hook._micro_batches == 4 and hook._batch_size == 8
+    assert hook.agvm.num_units == 4 and hook.agvm.batch_size == 8
 
 
 @pytest.mark.parametrize(

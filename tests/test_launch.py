@@ -8,7 +8,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from agvm_d2.launch import Worker, detect, first_host
+from agvm_d2.d2.launch import Worker, first_host, worker_from_environment
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DIGITS = os.path.join(ROOT, "configs/Digits-Detection/faster_rcnn_thin_R_50_FPN_bs64_agvm.yaml")
@@ -33,38 +33,38 @@ SLURM = {
 
 def test_nothing_to_detect():
     args = flags(2)
-    assert detect(args, {}) is None and args == flags(2)
+    assert worker_from_environment(args, {}) is None and args == flags(2)
     batch_shell = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
-    assert detect(args, batch_shell) is None and args == flags(2)
+    assert worker_from_environment(args, batch_shell) is None and args == flags(2)
 
 
 def test_torchrun():
     args = flags()
-    assert detect(args, TORCHRUN) == Worker(5, 1, 8, 4, "env://")
+    assert worker_from_environment(args, TORCHRUN) == Worker(5, 1, 8, 4, "env://")
     assert (args.num_gpus, args.num_machines) == (4, 2)
 
 
 def test_slurm_with_a_task_a_worker():
     args = flags()
-    assert detect(args, SLURM) == Worker(5, 1, 8, 4, "tcp://gpu03:34567")
+    assert worker_from_environment(args, SLURM) == Worker(5, 1, 8, 4, "tcp://gpu03:34567")
     assert (args.num_gpus, args.num_machines) == (4, 2)
     given = {**SLURM, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    assert detect(flags(), given).dist_url == "tcp://10.0.0.1:29500"
+    assert worker_from_environment(flags(), given).dist_url == "tcp://10.0.0.1:29500"
 
 
 def test_slurm_with_a_task_a_machine():
     args = flags(num_gpus=4)
     env = {**SLURM, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
-    assert detect(args, env) is None
+    assert worker_from_environment(args, env) is None
     assert (args.num_gpus, args.num_machines, args.machine_rank) == (4, 2, 1)
     assert args.dist_url == "tcp://gpu03:34567"
 
 
 def test_flags_that_contradict_the_environment():
     with pytest.raises(ValueError, match="--num-gpus 8: torchrun has started 4 workers"):
-        detect(flags(8), TORCHRUN)
+        worker_from_environment(flags(8), TORCHRUN)
     with pytest.raises(ValueError, match="different numbers of tasks, 4,3: .*ntasks-per-node"):
-        detect(flags(), {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "4,3"})
+        worker_from_environment(flags(), {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "4,3"})
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_train_resume_and_eval_only(digits, tmp_path):
 
 
 def test_a_resumed_run_is_exact(digits, tmp_path):
-    from agvm_d2 import lazy
+    from agvm_d2.d2 import lazy
 
     def run(folder, *more):
         cfg = lazy.load(
@@ -116,7 +116,7 @@ def test_two_workers_without_agvm(digits, tmp_path):
         (["agvm.ratio_range=[2,3]"], "agvm.ratio_range: found .2, 3."),
         (["agvm.rule=agvm"], "agvm.rule: found 'agvm', .*variance, gain"),
         (["agvm.base_batch_size=0"], "agvm.base_batch_size: found 0"),
-        (["agvm.modules=[[a,b,c]]"], "agvm.modules: found .'a', 'b', 'c'"),
+        (["agvm.modules=[[a,b,c]]"], "agvm.modules: found ..'a', 'b', 'c'"),
         (["train.on_nonfinite=ignore"], "train.on_nonfinite: found 'ignore', .*stop, skip"),
         (["train.amp.enabled=True"], "train.amp.enabled: found True, .*CUDA"),
         (["train.device=cuda"], "train.device: found 'cuda', .*train.device=cpu"),

@@ -4,7 +4,7 @@ import torch
 from detectron2.data.samplers import TrainingSampler
 from toy import toy_config
 
-from agvm_d2.loader import BadImageError, TrainLoader, build_train_loader
+from agvm_d2.d2.loader import BadImageError, ResumableLoader, build_train_loader
 
 
 def dicts(num=10):
@@ -20,7 +20,7 @@ def mapper(record):
 
 
 def make(num_workers=0, grouping=True, batch=3, mapper=mapper, **options):
-    return TrainLoader(
+    return ResumableLoader(
         dicts(),
         mapper,
         batch,
@@ -128,7 +128,7 @@ def test_records_without_a_size(tmp_path):
         return {**mapper(record), "width": 8 if wide else 4, "height": 6}
 
     def loader():
-        return TrainLoader(records, sized, 2, lambda seed: TrainingSampler(8, seed=seed))
+        return ResumableLoader(records, sized, 2, lambda seed: TrainingSampler(8, seed=seed))
 
     whole = first(loader(), 12)
     for start in (1, 5):
@@ -153,7 +153,7 @@ def test_about_two_batches_are_read_ahead(num_workers, prefetch):
 
 def test_other_samplers_are_detectron2s(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "agvm_d2.loader.build_detection_train_loader", lambda cfg, mapper: ("theirs", mapper)
+        "agvm_d2.d2.loader.build_detection_train_loader", lambda cfg, mapper: ("theirs", mapper)
     )
     cfg = toy_config(tmp_path, DATALOADER__SAMPLER_TRAIN="RandomSubsetTrainingSampler")
     assert build_train_loader(cfg, mapper=mapper) == ("theirs", mapper)

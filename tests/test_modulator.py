@@ -4,33 +4,42 @@ import reference
 import torch
 
 from agvm_d2.modulator import Modulator
-from agvm_d2.moments import Moments
+from agvm_d2.moments import pairwise_moments
+from agvm_d2.rules import RULES
+from agvm_d2.settings import Settings
 from agvm_d2.variance import pairwise_variance
 
 NAMES = ("backbone", "fpn", "head")
 
 
+def make(names=NAMES, rule="variance", batch_size=None, base_batch_size=16, **options):
+    """A Modulator by the built-in rules."""
+    keys = {key: options.pop(key) for key in ("anchor", "ratio_range") if key in options}
+    settings = Settings(rule=rule, base_batch_size=base_batch_size, **keys)
+    return Modulator(names, RULES[rule](settings, names, batch_size), **options)
+
+
 def moments(unit_sq, mean_sq, k=4):
-    return Moments(
+    return pairwise_moments(
         torch.tensor(unit_sq, dtype=torch.float64), torch.tensor(mean_sq, dtype=torch.float64), k
     )
 
 
 def test_one_update_by_hand():
     # K = 2, S1 = 1: phi = 2 (1 - S2), so 1 and 0.25 and ratio 4; mu = 0.9 + 0.1 sqrt(4) = 1.1.
-    modulator = Modulator(NAMES[:2], momentum=0.9)
+    modulator = make(NAMES[:2], momentum=0.9)
     modulator.update(moments([1.0, 1.0], [0.5, 0.875], k=2))
     assert modulator.variance.tolist() == [1.0, 0.25]
     assert modulator.factors.tolist() == pytest.approx([1.0, 1.1], rel=1e-6)
 
 
 def test_updates_equal_reference():
-    modulator = Modulator(NAMES, anchor="fpn", momentum=0.97, ratio_range=(0.5, 10))
+    modulator = make(NAMES, anchor="fpn", momentum=0.97, ratio_range=(0.5, 10))
     wanted = dict.fromkeys(NAMES, 1.0)
     g = torch.Generator().manual_seed(0)
     for _ in range(50):
         mean = torch.rand(3, generator=g, dtype=torch.float64) ** 3
-        modulator.update(Moments(torch.ones(3, dtype=torch.float64), mean, 4))
+        modulator.update(pairwise_moments(torch.ones(3, dtype=torch.float64), mean, 4))
         phi = {n: pairwise_variance(1.0, float(m), 4) for n, m in zip(NAMES, mean)}
         wanted = reference.factors(wanted, phi, "fpn", 0.97, (0.5, 10))
     assert modulator.factors.tolist() == pytest.approx(list(wanted.values()))
@@ -41,7 +50,7 @@ def test_updates_equal_reference():
     "bad", [(0.0, 0.0), (math.nan, math.nan), (math.inf, math.inf), (1.0, math.nan)]
 )
 def test_a_module_without_a_finite_variance_keeps_its_factor(bad):
-    modulator = Modulator(NAMES, momentum=0.5)
+    modulator = make(NAMES, momentum=0.5)
     modulator.update(moments([1.0] * 3, [0.5, 0.9, 0.9]))
     before = modulator.factors.clone()
     averages = modulator.unit_sq.clone(), modulator.mean_sq.clone()
@@ -53,7 +62,7 @@ def test_a_module_without_a_finite_variance_keeps_its_factor(bad):
 
 def test_gain_is_approached_by_the_moving_average():
     names = ["backbone", "fpn", "rpn", "rest"]
-    modulator = Modulator(names, momentum=0.5, rule="gain", base_share=1 / 4)  # one of four units
+    modulator = make(names, "gain", 16, 4, momentum=0.5)  # one of four units
     modulator.update(moments([1.0, 3.0, 3.0, 0.0], [1.0, 1.0, 2.0, 0.0]))
     assert modulator.factors.tolist() == [1, 2, 1.25, 1]  # half-way; nothing known of the last
     modulator.update(moments([1.0, 9.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]))
@@ -65,14 +74,14 @@ def test_gain_is_approached_by_the_moving_average():
 
 def test_gain_from_a_batch_of_several_units():
     # Orthogonal gradients of four units: 4 times from one unit, twice from two.
-    for base_share, gain in ((1 / 4, 4), (1 / 2, 2), (1, 1), (2, 0.5)):
-        modulator = Modulator(NAMES[:1], momentum=0.0, rule="gain", base_share=base_share)
+    for base_batch_size, gain in ((4, 4), (8, 2), (16, 1), (32, 0.5)):
+        modulator = make(NAMES[:1], "gain", 16, base_batch_size, momentum=0.0)
         modulator.update(moments([1.0], [0.25]))
         assert modulator.factors.tolist() == pytest.approx([gain])
 
 
 def test_without_the_anchor_s_variance_every_factor_holds():
-    modulator = Modulator(NAMES, momentum=0.5)
+    modulator = make(NAMES, momentum=0.5)
     modulator.update(moments([1.0] * 3, [0.5, 0.9, 0.9]))
     before = modulator.factors.tolist()
     modulator.update(moments([math.nan, 1.0, 1.0], [math.nan, 0.2, 0.3]))
@@ -80,19 +89,19 @@ def test_without_the_anchor_s_variance_every_factor_holds():
 
 
 def test_when_it_measures():
-    modulator = Modulator(NAMES, interval=10, start_iter=5, stop_iter=30)
+    modulator = make(NAMES, interval=10, start_iter=5, stop_iter=30)
     assert [i for i in range(50) if modulator.due(i)] == [5, 15, 25]
     assert [i for i in range(50) if modulator.active(i)] == list(range(5, 30))
-    assert Modulator(NAMES, start_iter=5).due(10**6 + 5)
+    assert make(NAMES, start_iter=5).due(10**6 + 5)
 
 
 def test_the_anchor_must_be_a_module():
     with pytest.raises(ValueError, match="AGVM.ANCHOR: 'neck'.*modules are backbone, fpn, head"):
-        Modulator(NAMES, anchor="neck")
+        make(NAMES, anchor="neck")
 
 
 def test_state_survives_a_weights_only_checkpoint(tmp_path):
-    old, new = Modulator(NAMES), Modulator(NAMES)
+    old, new = make(NAMES), make(NAMES)
     old.update(moments([1.0] * 3, [0.5, 0.9, 0.2]))
     torch.save(old.state_dict(), tmp_path / "state.pth")
     new.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
@@ -103,15 +112,15 @@ def test_state_survives_a_weights_only_checkpoint(tmp_path):
 
 def test_state_of_other_modules_is_an_error():
     with pytest.raises(ValueError, match="backbone, fpn, head, but this model has backbone, head"):
-        Modulator(("backbone", "head")).load_state_dict(Modulator(NAMES).state_dict())
+        make(("backbone", "head")).load_state_dict(make(NAMES).state_dict())
 
 
 def test_averages_of_another_number_of_units_start_anew():
     """S1 and S2 of 32 workers' gradients say nothing about two workers'; the factors stay."""
-    before = Modulator(NAMES[:2], momentum=0.5)
+    before = make(NAMES[:2], momentum=0.5)
     for _ in range(3):
         before.update(moments([1.0, 1.0], [0.5, 0.25], k=32))
-    after = Modulator(NAMES[:2], momentum=0.5)
+    after = make(NAMES[:2], momentum=0.5)
     after.load_state_dict(before.state_dict())
     after.update(moments([4.0, 4.0], [3.0, 2.0], k=2))
     assert after.unit_sq.tolist() == [2.0, 2.0] and after.mean_sq.tolist() == [1.5, 1.0]
@@ -119,6 +128,6 @@ def test_averages_of_another_number_of_units_start_anew():
 
 
 def test_the_gain_needs_no_anchor():
-    assert Modulator(("encoder", "decoder"), rule="gain").anchor is None
+    make(("encoder", "decoder"), "gain", batch_size=32)
     with pytest.raises(ValueError, match="AGVM.ANCHOR: 'backbone' is not a module"):
-        Modulator(("encoder", "decoder"))
+        make(("encoder", "decoder"))

@@ -62,7 +62,7 @@ def test_frozen_are_skipped_and_shared_count_once():
     assert "backbone.bottom_up.0.bias" not in names["backbone"]
 
 
-def test_what_no_default_rule_knows_is_rest():
+def test_what_no_default_pattern_knows_is_rest():
     model = ToyDetector()
     model.extra = nn.Linear(1, 1)
     assert names_of(model, assign_modules(model))["rest"] == ["extra.weight", "extra.bias"]
@@ -91,10 +91,10 @@ def test_an_unknown_architecture_without_children_is_one_module():
     assert list(assign_modules(nn.Linear(1, 1))) == ["rest"]
 
 
-def test_given_rules_first_match_wins():
-    rules = (("neck", r"backbone\.fpn"), ("body", "backbone"), ("neck", "proposal"), ("top", ""))
+def test_given_patterns_first_match_wins():
+    patterns = (("neck", r"backbone\.fpn"), ("body", "backbone"), ("neck", "proposal"), ("top", ""))
     model = ToyDetector()
-    names = names_of(model, assign_modules(model, rules))
+    names = names_of(model, assign_modules(model, patterns))
     assert list(names) == ["neck", "body", "top"]
     assert names["neck"][0] == "backbone.fpn_lateral2.weight"
     assert names["neck"][-1] == "proposal_generator.bias"
@@ -107,10 +107,10 @@ def test_a_parameter_in_no_module_is_named():
 
 
 @pytest.mark.parametrize("regex", ["bakbone", r"backbone\.bottom_up"])
-def test_a_rule_that_matches_nothing_is_named(regex):
-    rules = (("backbone", "backbone"), ("typo", regex), ("rest", ""))
-    with pytest.raises(ValueError, match='AGVM.MODULES: the rule ."typo", ".*matches no trainable'):
-        assign_modules(ToyDetector(), rules)
+def test_a_pattern_that_matches_nothing_is_named(regex):
+    patterns = (("backbone", "backbone"), ("typo", regex), ("rest", ""))
+    with pytest.raises(ValueError, match='AGVM.MODULES: the pair ."typo", ".*matches no trainable'):
+        assign_modules(ToyDetector(), patterns)
 
 
 def test_a_frozen_model_is_an_error():

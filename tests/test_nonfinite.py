@@ -8,7 +8,7 @@ from detectron2.utils.events import EventStorage
 from toy import ToyDetector, ToyLoader, ToyTrainer, toy_config
 
 from agvm_d2 import AGVMHook, build_optimizer
-from agvm_d2.checkpoint import SafeCheckpointer
+from agvm_d2.d2.checkpoint import AtomicCheckpointer
 
 
 class Poison:
@@ -110,7 +110,7 @@ def test_factors_stay_finite_over_10_000_poisoned_steps(workers, tmp_path):
 
 def test_projects_keep_their_checkpointer(tmp_path):
     trainer = ToyTrainer(toy_config(tmp_path))
-    assert type(trainer.checkpointer) is SafeCheckpointer
+    assert type(trainer.checkpointer) is AtomicCheckpointer
     assert trainer.checkpointer.save_to_disk
 
 

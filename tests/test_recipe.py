@@ -5,7 +5,7 @@ from detectron2.config import get_cfg
 from detectron2.model_zoo import get_config_file
 
 from agvm_d2 import add_agvm_config, recipe
-from agvm_d2.config import check_config
+from agvm_d2.d2.checks import check_config
 
 FASTER = get_config_file("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
 RETINANET = get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")

@@ -167,11 +167,11 @@ def test_an_optimizer_that_is_not_installed_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("batch, lr", [(16, 0.02), (128, 0.16), (256, 0.2263), (1024, 0.4525)])
-def test_the_papers_rule(batch, lr):
+def test_the_papers_scaling(batch, lr):
     assert scaled_lr(batch) == pytest.approx(lr, abs=1e-4)
 
 
-def test_other_rules_and_references():
+def test_other_scalings_and_references():
     assert scaled_lr(256, "linear") == pytest.approx(0.32)
     assert scaled_lr(256, "sqrt") == pytest.approx(0.08)  # 0.02 * sqrt(16)
     # From beyond the knee, down: 0.4 is 0.32's 512 times sqrt(2).
@@ -179,8 +179,8 @@ def test_other_rules_and_references():
     assert scaled_lr(64, base_lr=0.16, base_batch=256) == pytest.approx(0.16 / 2**0.5 / 2)
 
 
-def test_bad_rules_and_batches():
-    with pytest.raises(ValueError, match="rule: found 'cubic', .*linear, sqrt, linear-sqrt"):
+def test_bad_scalings_and_batches():
+    with pytest.raises(ValueError, match="scaling: found 'cubic', .*linear, sqrt, linear-sqrt"):
         scaled_lr(256, "cubic")
     with pytest.raises(ValueError, match="batch: found 0"):
         scaled_lr(0)

@@ -16,7 +16,7 @@ from toy import MODULES, ToyDetector, ToyLoader, ToyTrainer, agvm_hook, batch, t
 from toy import weights as weights_of
 
 from agvm_d2 import AGVMHook, AGVMTrainer, AGVMTrainerMixin, split_param_groups
-from agvm_d2.trainer import MicroBatchTrainer
+from agvm_d2.d2.micro_batches import MicroBatchTrainer
 
 MICRO = {"SOLVER__MICRO_BATCH_SIZE": 2}
 
@@ -195,10 +195,10 @@ def lazyconfig_loop(compressed):
     hook = AGVMHook(ddp, optimizer, interval=1, momentum=0.5, batch_size=8)
     trainer.register_hooks([hook])
     trainer.train(0, 1)
-    return hook.modulator.factors, type(hook._tap).__name__
+    return hook.modulator.factors, type(hook.agvm.tap).__name__
 
 
-@pytest.mark.parametrize("compressed, tap", [(False, "BucketTap"), (True, "TensorTap")])
+@pytest.mark.parametrize("compressed, tap", [(False, "BucketTap"), (True, "ParameterTap")])
 def test_a_simple_trainer_under_ddp_also_with_its_own_compression(workers, compressed, tap):
     results = workers(2).run(lazyconfig_loop, compressed)
     data = next(iter(ToyLoader(8)))
@@ -613,7 +613,7 @@ def test_a_reference_world_size_scales_before_the_checks(tmp_path):
     # A batch of 6 for 2 workers is one of 3 here.
     options = {"SOLVER__REFERENCE_WORLD_SIZE": 2, "SOLVER__IMS_PER_BATCH": 6}
     trainer = ToyTrainer(toy_config(tmp_path, SOLVER__MICRO_BATCH_SIZE=1, **options))
-    assert trainer.cfg.SOLVER.IMS_PER_BATCH == 3 and agvm_hook(trainer)._micro_batches == 3
+    assert trainer.cfg.SOLVER.IMS_PER_BATCH == 3 and agvm_hook(trainer).agvm.num_units == 3
 
 
 def test_bad_values_are_named_before_anything_is_built(tmp_path):

@@ -5,7 +5,8 @@ from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import build_model
 from PIL import Image
 
-from agvm_d2 import add_agvm_config, lazy, visualize
+from agvm_d2 import add_agvm_config, visualize
+from agvm_d2.d2 import lazy
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

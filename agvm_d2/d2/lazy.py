@@ -10,10 +10,11 @@ Beside Detectron2's keys a config has
     train.on_bad_image      as DATALOADER.ON_BAD_IMAGE
 
 A `dataloader.train` of Detectron2's `build_detection_train_loader`, without a sampler of its own,
-becomes a `TrainLoader`, which a resumed run brings back to its place.
+becomes a `ResumableLoader`, which a resumed run brings back to its place.
 """
 
 from __future__ import annotations
+import dataclasses
 import inspect
 import os
 from detectron2.config import CfgNode, LazyConfig, instantiate
@@ -26,24 +27,19 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .checkpoint import SafeCheckpointer
-from .config import (
-    CLIP_TYPES,
-    STOP_OR_SKIP,
-    check_agvm,
-    check_amp,
-    check_device,
-    check_whole,
-    one_of,
-    split_batch,
-)
+from ..settings import Settings
+from ..validate import one_of
+from ..solver.clip import CLIP_TYPES, clip_gradients, skip_nonfinite_steps
+from .checkpoint import AtomicCheckpointer
+from .checks import STOP_OR_SKIP, check_agvm, check_amp, check_device, check_whole
 from .hook import AGVMHook
-from .loader import RandomState, TrainLoader
-from .solver import clip_gradients, fit_loaded_state, skip_nonfinite_steps, split_param_groups
-from .trainer import create_ddp_model, in_micro_batches
+from .loader import ResumableLoader, shared_seed
+from .micro_batches import split_batch
+from .run import RunOptions
+from .trainer import create_ddp_model
 
-# Arguments that are not settings.
-FILLED_IN = {"self", "model", "optimizer", "micro_batches", "batch_size", "comm_hook"}
+AGVM_KEYS = {"enabled", "log_period"} | {field.name for field in dataclasses.fields(Settings)}
+CLIP_KEYS = set(inspect.signature(clip_gradients).parameters) - {"optimizer"}
 LOADER_KEYS = {"_target_", "dataset", "mapper", "total_batch_size", "num_workers"}
 LOADER_KEYS |= {"aspect_ratio_grouping"}
 KEYS = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "agvm")
@@ -94,13 +90,12 @@ def check(cfg: DictConfig, num_workers: int) -> None:
         if key not in cfg:
             hint = "; dict(enabled=False) trains without it" if key == "agvm" else ""
             raise ValueError(f"The config has no '{key}': see the examples in configs/{hint}.")
-    for key, function in (("agvm", AGVMHook.__init__), ("train.clip_gradients", clip_gradients)):
+    for key, known in (("agvm", AGVM_KEYS), ("train.clip_gradients", CLIP_KEYS)):
         node = OmegaConf.select(cfg, key)
         if node is None and key != "agvm":
             continue
         if not OmegaConf.is_dict(node):
             raise ValueError(f"{key}: found {node!r}, but it must be a dict.")
-        known = {"enabled", *inspect.signature(function).parameters} - FILLED_IN
         for name in node:
             if name not in known:
                 raise ValueError(
@@ -156,59 +151,62 @@ def verify(cfg: DictConfig, results: dict) -> None:
         verify_results(CfgNode({"TEST": {"EXPECTED_RESULTS": expected}}), results)
 
 
-def seed_of(cfg: DictConfig) -> int:
-    seed = cfg.train.get("seed", -1)
-    return seed if seed >= 0 else comm.shared_random_seed()
+def run_options(cfg: DictConfig) -> RunOptions:
+    """Those of a LazyConfig."""
+    train, agvm = cfg.train, OmegaConf.to_container(cfg.agvm)
+    return RunOptions(
+        batch_size=cfg.dataloader.train.total_batch_size,
+        micro_batch_size=train.get("micro_batch_size", 0),
+        skip_nonfinite=train.get("on_nonfinite", "stop") == "skip",
+        seed=train.get("seed", -1),
+        modules=agvm.get("modules", ()) if agvm.get("enabled", True) else None,
+    )
 
 
 def train_loader(cfg: DictConfig):
-    """A TrainLoader where `dataloader.train` allows it, else what is configured there."""
+    """A ResumableLoader where `dataloader.train` allows it, else what is configured there."""
     node = cfg.dataloader.train
     target = locate(node._target_) if isinstance(node._target_, str) else node._target_
     if target is not build_detection_train_loader or set(node) - LOADER_KEYS:
         return instantiate(node)
     dicts = instantiate(node.dataset)
-    return TrainLoader(
+    return ResumableLoader(
         dicts,
         instantiate(node.mapper),
         node.total_batch_size // comm.get_world_size(),
         lambda seed: TrainingSampler(len(dicts), seed=seed),
         node.get("num_workers", 0),
         node.get("aspect_ratio_grouping", True),
-        seed_of(cfg),
+        shared_seed(cfg.train.get("seed", -1)),
         cfg.train.get("on_bad_image", "stop"),
     )
 
 
+def agvm_hook(cfg: DictConfig, options: RunOptions, model, optimizer) -> AGVMHook | None:
+    settings = OmegaConf.to_container(cfg.agvm)
+    if not settings.pop("enabled", True):
+        return None
+    passes, batch_size = options.micro_batches, options.batch_size
+    return AGVMHook(model, optimizer, micro_batches=passes, batch_size=batch_size, **settings)
+
+
 def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     """Train, and evaluate at the end; the last evaluation's results."""
-    train = cfg.train
+    train, options = cfg.train, run_options(cfg)
     model = instantiate(cfg.model).to(train.device)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
-    skip = train.get("on_nonfinite", "stop") == "skip"
-    if skip:  # before clipping, which can make an inf finite
+    if options.skip_nonfinite:  # before clipping, which can make an inf finite
         skip_nonfinite_steps(optimizer, model)
     if train.get("clip_gradients"):
         clip_gradients(optimizer, **train.clip_gradients)
-    agvm = OmegaConf.to_container(cfg.agvm)
-    enabled = agvm.pop("enabled", True)
-    if enabled:
-        split_param_groups(optimizer, model, agvm.get("modules", ()))
-    else:
-        fit_loaded_state(optimizer)
-
+    options.prepare_optimizer(optimizer, model)
     loader = train_loader(cfg)
     model = create_ddp_model(model, **train.ddp)
     trainer = (AMPTrainer if train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
-    pieces = micro_batches(cfg, comm.get_world_size())
-    if pieces > 1 or skip:
-        total = cfg.dataloader.train.total_batch_size
-        size = train.get("micro_batch_size", 0) or total // comm.get_world_size()
-        trainer = in_micro_batches(trainer, size, skip)
-    resumable = isinstance(loader, TrainLoader)
-    random_state = RandomState(loader) if resumable else RandomState(None, seed_of(cfg))
-    checkpointer = SafeCheckpointer(model, train.output_dir, trainer=trainer)
+    trainer = options.prepare_trainer(trainer)
+    seeder = options.iteration_seeder(loader)
+    checkpointer = AtomicCheckpointer(model, train.output_dir, trainer=trainer)
     results: dict = {}
 
     def evaluate() -> dict:
@@ -219,20 +217,10 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     main = comm.is_main_process()
     writers = default_writers(train.output_dir, train.max_iter) if main else []
     built = [
-        random_state,
+        seeder,
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-        (
-            AGVMHook(
-                model,
-                optimizer,
-                micro_batches=pieces,
-                batch_size=cfg.dataloader.train.total_batch_size,
-                **agvm,
-            )
-            if enabled
-            else None
-        ),
+        agvm_hook(cfg, options, model, optimizer),
         hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer) if main else None,
         hooks.EvalHook(train.eval_period, evaluate),
         hooks.PeriodicWriter(writers, period=train.log_period) if main else None,

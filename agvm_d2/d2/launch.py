@@ -24,11 +24,11 @@ class Worker(NamedTuple):
     dist_url: str
 
 
-def detect(args: Namespace, env: dict[str, str] = os.environ) -> Worker | None:
+def worker_from_environment(args: Namespace, env: dict[str, str] = os.environ) -> Worker | None:
     """Fit `args` (Detectron2's flags) to torchrun's or Slurm's environment.
 
-    With torchrun, or one Slurm task a worker, `args.num_gpus` and `args.num_machines` become the
-    workers a machine and the machines, and this process is one Worker. With one Slurm task a
+    With torchrun, or one Slurm task per worker, `args.num_gpus` and `args.num_machines` become the
+    workers per machine and the machines, and this process is one Worker. With one Slurm task per
     machine and `--num-gpus N`, the flags of many machines are filled in, and None is returned: this
     process starts its workers itself, as without Slurm.
 
@@ -94,7 +94,7 @@ def _ended(how: str) -> str:
 
 
 def launch(main: Callable, args: Namespace, worker: Worker | None) -> None:
-    """Run `main(args)` in every worker; `worker` is what `detect` returned.
+    """Run `main(args)` in every worker; `worker` is what `worker_from_environment` returned.
 
     Raises:
         SystemExit: a worker failed or was killed; the others are stopped.

@@ -1,0 +1,220 @@
+"""AGVM around any PyTorch training loop: measures on some iterations and scales each module's
+learning rate inside `optimizer.step`. Knows nothing of Detectron2."""
+
+from __future__ import annotations
+import logging
+from typing import Any
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .modules import assign_modules
+from .modulator import Modulator
+from .moments import BucketTap, CommHook, GradientTap, ParameterTap, Precondition, adam_precondition
+from .norms import Modules
+from .param_groups import module_of_groups
+from .rules import RULES
+from .settings import Settings
+
+logger = logging.getLogger("detectron2.agvm_d2")  # takes Detectron2's handlers where it is used
+
+
+class AGVM:
+    """Adaptive Gradient Variance Modulator (NeurIPS 2022, arXiv 2210.11078).
+
+        split_param_groups(optimizer, model)  # before the LR scheduler is built
+        agvm = AGVM(model, optimizer)         # the model inside DistributedDataParallel
+        for iteration, data in enumerate(loader):
+            agvm.begin(iteration)
+            loss(model, data).backward()      # several: agvm.micro_batch_done(weight) after each
+            agvm.backward_done()              # before clipping
+            optimizer.step()                  # with each module's learning rate times its factor
+            agvm.end()
+
+    `modulator` holds the factors, `measured` says whether the last iteration was measured, and
+    `num_units` is K, the gradients that an iteration compares: workers x micro-batches.
+
+    Args:
+        model: the model being trained; with several workers, inside DistributedDataParallel.
+        optimizer: its optimizer, each group of one module (`split_param_groups`).
+        settings: AGVM's options; a `start_iter` of -1 is 0 here.
+        micro_batches: backward passes of one worker in one iteration.
+        batch_size: images of one iteration over all workers. Without it there is no gain, and
+            the noise scale is NaN.
+        comm_hook: (state, hook), DDP's communication hook to run under the measurement, such as
+            (None, default_hooks.fp16_compress_hook); DDP takes only one, so give it here.
+
+    Raises:
+        ValueError: a bad module pattern or anchor, a group of several modules, a bad setting, a
+            gain without `batch_size`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        settings: Settings | None = None,
+        *,
+        micro_batches: int = 1,
+        batch_size: int | None = None,
+        comm_hook: CommHook | None = None,
+    ):
+        self.settings = settings = (settings or Settings()).check()
+        self.model, self.optimizer = model, optimizer
+        self.micro_batches, self.batch_size = micro_batches, batch_size
+        self.modules = assign_modules(model, settings.modules)
+        workers = dist.get_world_size() if dist.is_initialized() else 1
+        self.num_units = workers * micro_batches
+        names = list(self.modules)
+        self.modulator = Modulator(
+            names,
+            RULES[settings.rule](settings, names, batch_size),
+            settings.momentum,
+            settings.interval,
+            max(settings.start_iter, 0),
+            settings.stop_iter,
+        )
+        self.measured = False
+        self.tap: GradientTap | None = None
+        self._comm_hook = comm_hook
+        self._group_module = module_of_groups(optimizer, self.modules)
+        self._handles: list[Any] = []
+        self._iteration = self._depth = 0
+        self._saved_lrs: list[Any] | None = None
+
+    def attach(self) -> bool:
+        """Listen to DDP and the optimizer, as the first `begin` does; False, with a warning, where
+        an iteration has only one gradient and so no variance. ValueError: see `build_tap`."""
+        if not self._handles:
+            self._handles = [
+                self.optimizer.register_step_pre_hook(self._before_optimizer_step),
+                self.optimizer.register_step_post_hook(self._after_optimizer_step),
+            ]
+            if self.num_units < 2:
+                logger.warning(
+                    "AGVM needs at least two gradients in an iteration to measure a variance, but "
+                    "there is one worker and one micro-batch: training goes on with factors of 1. "
+                    "Use two or more workers (--num-gpus 2), or set SOLVER.MICRO_BATCH_SIZE below "
+                    "SOLVER.IMS_PER_BATCH."
+                )
+            elif self.tap is None:
+                # By name: Lamb is pytorch-optimizer's, and it keeps Adam's second moment too.
+                classes = {c.__name__ for c in type(self.optimizer).__mro__}
+                adam = classes & {"Adam", "AdamW", "Lamb"}
+                precondition = adam_precondition(self.optimizer) if adam else None
+                split = self.settings.estimator == "split"
+                self.tap = build_tap(
+                    self.model,
+                    self.modules,
+                    self.micro_batches,
+                    precondition,
+                    split,
+                    self._comm_hook,
+                )
+        return self.tap is not None
+
+    def detach(self) -> None:
+        """Leave the optimizer as it was, also after an exception in the middle of a step."""
+        self._restore_lrs()
+        self.end()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # Training, in the order of events.
+
+    def begin(self, iteration: int) -> None:
+        """An iteration begins; `iteration` counts from 0 over the whole of training."""
+        self.attach()
+        self._iteration, self._depth, self.measured = iteration, 0, False
+        if self.tap is not None and self.modulator.due(iteration):
+            self.tap.start()
+
+    def micro_batch_done(self, weight: float) -> None:
+        """One of several backward passes ended; its loss was multiplied by `weight`."""
+        if self.tap is not None and self.tap.measuring:
+            self.tap.unit_done(weight)
+
+    def backward_done(self) -> None:
+        """`.grad` holds the average over workers and micro-batches, not yet clipped or unscaled."""
+        if self.tap is not None and self.tap.measuring:
+            self.tap.average_done()
+
+    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+        # torch patches `step` once per class, so a subclass that calls super().step fires twice.
+        self._depth += 1
+        if self._depth > 1 or self.tap is None:
+            return
+        if self.tap.measuring:
+            self.modulator.update(self.tap.collect())
+            self.measured = True
+        if self.settings.mode == "modulate" and self.modulator.active(self._iteration):
+            self._saved_lrs = [group["lr"] for group in optimizer.param_groups]
+            factors = self.modulator.factors.tolist()
+            for group, module in zip(optimizer.param_groups, self._group_module, strict=True):
+                if module >= 0:
+                    group["lr"] = group["lr"] * factors[module]  # a new object: lr may be a tensor
+
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._restore_lrs()
+
+    def _restore_lrs(self) -> None:
+        if self._saved_lrs is not None:
+            for group, lr in zip(self.optimizer.param_groups, self._saved_lrs, strict=True):
+                group["lr"] = lr
+            self._saved_lrs = None
+
+    def end(self) -> None:
+        """The iteration ended. Where a GradScaler skipped the step, its measurement is dropped."""
+        if self.tap is not None:
+            self.tap.stop()
+
+    # What was found.
+
+    def scalars(self) -> dict[str, float]:
+        """agvm/KIND/MODULE -> value of the last measurement, without what was not measurable."""
+        m = self.modulator
+        kinds = {
+            "variance": dict(zip(m.names, m.variance.tolist(), strict=True)),
+            "lr_scale": dict(zip(m.names, m.factors.tolist(), strict=True)),
+            "noise_scale": m.noise_scale(self.batch_size),
+        }
+        named = {f"agvm/{kind}/{n}": v for kind, values in kinds.items() for n, v in values.items()}
+        return {name: value for name, value in named.items() if value == value}  # not NaN
+
+    def state_dict(self) -> dict:
+        return self.modulator.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """ValueError where the state was saved with other modules."""
+        self.modulator.load_state_dict(state)
+
+
+def build_tap(
+    model: nn.Module,
+    modules: Modules,
+    micro_batches: int = 1,
+    precondition: Precondition | None = None,
+    split: bool = False,
+    inner: CommHook | None = None,
+) -> GradientTap:
+    """The cheapest tap that sees every unit. ValueError: see `split.build_split_tap`."""
+    if split:
+        from .split import build_split_tap
+
+        return build_split_tap(model, modules, micro_batches, precondition, inner)
+    if not isinstance(model, DistributedDataParallel):
+        return ParameterTap(modules, precondition)
+    if micro_batches == 1:
+        try:
+            return BucketTap(model, modules, precondition, inner)
+        except RuntimeError:  # only one hook fits, and fp16_compression=True takes it
+            logger.info(
+                "AGVM: DDP's communication hook is taken; measuring with parameter hooks instead."
+            )
+    elif inner is not None:
+        model.register_comm_hook(*inner)
+    return ParameterTap(modules, precondition, model.process_group)

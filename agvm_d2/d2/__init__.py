@@ -1,0 +1,1 @@
+"""AGVM inside Detectron2: config keys, hook, trainers, loader, checkpoints, launch."""

@@ -1,0 +1,173 @@
+"""Bad values, found before anything is built; each message names the key and the way out."""
+
+from __future__ import annotations
+import functools
+import math
+import os
+from collections.abc import Callable
+import torch
+from detectron2.config import CfgNode as CN
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+
+from ..settings import Settings
+from ..validate import holds, is_int, one_of, require
+from ..solver.build import OPTIMIZERS
+from ..solver.clip import CLIP_TYPES
+from .micro_batches import micro_batches
+
+STOP_OR_SKIP = ("stop", "skip")
+WARMUP_METHODS = ("constant", "linear", "exp")
+
+
+def check_whole(key: str, value, low: int) -> None:
+    """
+    Raises:
+        ValueError: not a whole number, or below `low`.
+    """
+    require(is_int(value) and value >= low, key, value, f"be a whole number from {low} on")
+
+
+def check_agvm(values: dict, key: Callable[[str], str]) -> None:
+    """Check the fields of `Settings`, and `enabled` and `log_period`; missing ones are not.
+
+    Args:
+        key: name -> what a message calls it.
+
+    Raises:
+        ValueError: names the key, what was found and what it must be.
+    """
+    values = dict(values)
+    enabled = values.pop("enabled", True)
+    require(isinstance(enabled, bool), key("enabled"), enabled, "be True or False")
+    check_whole(key("log_period"), values.pop("log_period", 20), 1)
+    Settings(**values).check(key)
+
+
+# key -> (what holds of a good value, in words).
+RANGES: dict[str, tuple[Callable, str]] = {
+    "SOLVER.MAX_ITER": (lambda v: v >= 1, "be at least 1"),
+    "SOLVER.BASE_LR": (lambda v: 0 < v < math.inf, "be positive"),
+    "SOLVER.MOMENTUM": (lambda v: 0 <= v < 1, "be in [0, 1)"),
+    "SOLVER.WEIGHT_DECAY": (lambda v: 0 <= v < math.inf, "not be negative"),
+    "SOLVER.GAMMA": (lambda v: 0 < v <= 1, "be in (0, 1]"),
+    "SOLVER.STEPS": (
+        lambda v: all(map(is_int, v)) and list(v) == sorted(set(v)) and min(v, default=1) > 0,
+        "be iterations in increasing order",
+    ),
+    "SOLVER.WARMUP_ITERS": (lambda v: v >= 0, "not be negative"),
+    "SOLVER.WARMUP_FACTOR": (lambda v: 0 < v <= 1, "be in (0, 1]"),
+    "SOLVER.CHECKPOINT_PERIOD": (lambda v: v >= 1, "be at least 1"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": (lambda v: 0 < v < math.inf, "be positive"),
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": (lambda v: v > 0, "be positive"),
+    "DATALOADER.NUM_WORKERS": (lambda v: v >= 0, "not be negative"),
+    "TEST.EVAL_PERIOD": (lambda v: v >= 0, "not be negative"),
+}
+SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
+SAMPLERS = (
+    "TrainingSampler",
+    "RepeatFactorTrainingSampler",
+    "RandomSubsetTrainingSampler",
+    "WeightedTrainingSampler",
+    "WeightedCategoryTrainingSampler",
+)
+
+
+def check_names(cfg: CN) -> None:
+    """What Detectron2 itself has a closed list of; a project may have more.
+
+    Raises:
+        ValueError: names the key, what was found and what it must be.
+    """
+    model = cfg.MODEL
+    for key, name, registry in (
+        ("MODEL.META_ARCHITECTURE", model.META_ARCHITECTURE, META_ARCH_REGISTRY),
+        ("MODEL.BACKBONE.NAME", model.BACKBONE.NAME, BACKBONE_REGISTRY),
+    ):
+        one_of(key, name, [name for name, _ in registry])
+    one_of("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, SCHEDULERS)
+    one_of("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, SAMPLERS)
+
+
+def check_config(cfg: CN, num_workers: int) -> None:
+    """
+    Raises:
+        ValueError: names the key, what was found and what it must be.
+    """
+    if "AGVM" not in cfg:
+        raise ValueError("The config has no AGVM keys: call add_agvm_config(cfg) after get_cfg().")
+    for key, (condition, need) in RANGES.items():
+        value = functools.reduce(getattr, key.split("."), cfg)
+        require(holds(condition, value), key, value, need)
+    solver = cfg.SOLVER
+    check_agvm({k.lower(): v for k, v in cfg.AGVM.items()}, lambda name: f"AGVM.{name.upper()}")
+    one_of("SOLVER.OPTIMIZER", solver.OPTIMIZER, OPTIMIZERS)
+    one_of("SOLVER.WARMUP_METHOD", solver.WARMUP_METHOD, WARMUP_METHODS)
+    one_of("SOLVER.ON_NONFINITE", solver.ON_NONFINITE, STOP_OR_SKIP)
+    one_of("DATALOADER.ON_BAD_IMAGE", cfg.DATALOADER.ON_BAD_IMAGE, STOP_OR_SKIP)
+    clip = solver.CLIP_GRADIENTS
+    one_of("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip.CLIP_TYPE, CLIP_TYPES)
+    window = tuple(clip.ITER_RANGE)
+    require(
+        not window or (len(window) == 2 and all(map(is_int, window)) and window[0] < window[1]),
+        "SOLVER.CLIP_GRADIENTS.ITER_RANGE",
+        window,
+        "be () or two iterations (first, last) with first < last",
+    )
+    micro_batches(cfg, num_workers)
+    check_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
+    check_amp("SOLVER.AMP.ENABLED", solver.AMP.ENABLED, cfg.MODEL.DEVICE)
+
+
+def check_device(key: str, device: str) -> None:
+    """
+    Raises:
+        ValueError: no such device, or CUDA, and there is none.
+    """
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{key}: found {device!r}, but it must be cpu, cuda or cuda:N.") from None
+    assign = "=" if key.islower() else " "  # LazyConfig's overrides, or yacs'
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"{key}: found '{device}', but this machine has no usable CUDA device. To run on a "
+            f"CPU, add to the command: {key}{assign}cpu"
+        )
+
+
+def check_amp(key: str, enabled: bool, device: str) -> None:
+    """
+    Raises:
+        ValueError: mixed precision on a CPU, for which Detectron2's AMPTrainer is not made.
+    """
+    require(
+        not enabled or device.startswith("cuda"), key, enabled, "be False without a CUDA device"
+    )
+
+
+def check_datasets(names) -> None:
+    """
+    Raises:
+        ValueError: a name that is not registered.
+        FileNotFoundError: a registered dataset whose files are not there.
+    """
+    for name in names:
+        if name not in DatasetCatalog.list():
+            name = str(name)
+            near = [n for n in DatasetCatalog.list() if n.split("_")[0] == name.split("_")[0]]
+            raise ValueError(
+                f"DATASETS: '{name}' is not a registered dataset. Registered ones that look alike: "
+                f"{', '.join(near) or 'none'}; all of them: detectron2.data.DatasetCatalog.list()."
+            )
+        meta = MetadataCatalog.get(name)
+        if meta.get("made_on_first_use", False):
+            continue
+        for key in ("json_file", "image_root", "panoptic_json", "panoptic_root", "sem_seg_root"):
+            path = meta.get(key, "")
+            if path and "://" not in path and not os.path.exists(path):
+                raise FileNotFoundError(
+                    f"DATASETS: '{name}' needs '{path}' ({key}), which is not there. Put the "
+                    "dataset under the folder that the environment variable DETECTRON2_DATASETS "
+                    "names (./datasets without it), laid out as Detectron2's docs say."
+                )

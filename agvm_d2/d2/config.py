@@ -1,0 +1,72 @@
+"""Every config key of this package, and how a config file is read."""
+
+from __future__ import annotations
+import dataclasses
+import os
+import re
+import yaml
+from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+
+from ..settings import Settings
+
+
+def add_agvm_config(cfg: CN) -> None:
+    """Add this package's keys to a Detectron2 config."""
+    cfg.AGVM = CN({"ENABLED": True})
+    for field in dataclasses.fields(Settings):
+        cfg.AGVM[field.name.upper()] = field.default
+
+    # "SGD" or "ADAMW"; "LARS" or "LAMB", from the package pytorch-optimizer.
+    cfg.SOLVER.OPTIMIZER = cfg.SOLVER.get("OPTIMIZER", "SGD")  # a project may have the key
+    # Images of one forward and backward pass on one worker, gradients averaged over the worker's
+    # share of IMS_PER_BATCH; 0: all at once.
+    cfg.SOLVER.MICRO_BATCH_SIZE = 0
+    # Iterations [first, last) in which CLIP_GRADIENTS works; (): always. CLIP_TYPE may also be
+    # "full_model", the norm over all parameters together.
+    cfg.SOLVER.CLIP_GRADIENTS.ITER_RANGE = ()
+    # A NaN or inf: "stop" when the loss has one, as Detectron2, or "skip" each step whose gradient
+    # has one, in all workers alike.
+    cfg.SOLVER.ON_NONFINITE = "stop"
+    # An image or annotation that cannot be read: "stop", or "skip" to the next; both name the file.
+    cfg.DATALOADER.ON_BAD_IMAGE = "stop"
+    # SOLVER.WARMUP_METHOD may also be "exp": the learning rate grows by a constant factor.
+
+
+TYPE_MISMATCH = re.compile(
+    r"Type mismatch \(<class '(.*?)'> vs\. <class '(.*?)'>\) .* vs\. (.*)\) for config key: (\S+)",
+    re.DOTALL,
+)
+
+
+def naming_the_key(error: Exception) -> ValueError:
+    """yacs' complaint about a key of a config, in words that name the key."""
+    mismatch = TYPE_MISMATCH.search(str(error))
+    if not mismatch:
+        return ValueError(f"config: {error}")
+    wanted, found, value, key = mismatch.groups()
+    wanted = "a group of keys" if wanted.endswith("CfgNode") else f"of type {wanted}"
+    return ValueError(f"{key}: found {value} of type {found}, but it must be {wanted}.")
+
+
+def read_config(path: str, opts: list) -> CN:
+    """Detectron2's config with this package's keys, the file and then `opts`, KEY VALUE pairs.
+
+    Raises:
+        ValueError, KeyError, OSError: names the file or key.
+    """
+    cfg = get_cfg()
+    add_agvm_config(cfg)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"--config-file: '{path}' is not a file")
+    flags = [key for key in opts[::2] if key.startswith("--")]
+    if flags:  # argparse takes all that follows the first key for keys and values
+        raise ValueError(f"{flags[0]}: flags go before the KEY VALUE pairs.")
+    try:
+        cfg.merge_from_file(path)
+        cfg.merge_from_list(opts)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config-file: '{path}' is not YAML: {error}") from None
+    except (AssertionError, ValueError) as error:  # an unknown key or a wrong type, in yacs' words
+        raise naming_the_key(error) from None
+    return cfg

@@ -1,0 +1,180 @@
+"""AGVM as a Detectron2 hook: its events, config, log and scalars."""
+
+from __future__ import annotations
+import dataclasses
+import logging
+from typing import Any
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import nn
+
+from ..agvm import AGVM
+from ..modulator import Modulator
+from ..moments import CommHook
+from ..settings import Settings
+from .micro_batches import micro_batches as micro_batches_of
+
+logger = logging.getLogger("detectron2.agvm_d2")
+
+
+class AGVMHook(HookBase):
+    """`agvm_d2.AGVM` in a Detectron2 trainer; register it right after `hooks.LRScheduler`.
+
+        trainer.register_hooks([hooks.LRScheduler(), AGVMHook(model, optimizer, start_iter=1000)])
+
+    A loop without a trainer calls `before_train`, and in each iteration `before_step`,
+    `after_backward` (before clipping) and `after_step`, inside an EventStorage.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        micro_batches: int = 1,
+        batch_size: int | None = None,
+        comm_hook: CommHook | None = None,
+        log_period: int = 20,
+        **settings: Any,
+    ):
+        """
+        Args:
+            model, optimizer, micro_batches, batch_size, comm_hook: as for `AGVM`. With
+                `micro_batches` above 1 the training loop calls `after_micro_batch` after each, as
+                `MicroBatchTrainer` does.
+            log_period: iterations between two lines in the log.
+            settings: fields of `Settings`, such as interval=5.
+
+        Raises:
+            TypeError: there is no such setting.
+            ValueError: see `AGVM`.
+        """
+        self.agvm = AGVM(
+            model,
+            optimizer,
+            Settings(**settings),
+            micro_batches=micro_batches,
+            batch_size=batch_size,
+            comm_hook=comm_hook,
+        )
+        self._log_period = log_period
+        self._heard_by: object = None  # the inner trainer
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+        settings = {f.name: cfg.AGVM[f.name.upper()] for f in dataclasses.fields(Settings)}
+        if settings["start_iter"] < 0:
+            settings["start_iter"] = cfg.SOLVER.WARMUP_ITERS + 100
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "micro_batches": micro_batches_of(cfg, comm.get_world_size()),
+            "batch_size": cfg.SOLVER.IMS_PER_BATCH,
+            **settings,
+        }
+
+    @property
+    def modulator(self) -> Modulator:
+        return self.agvm.modulator
+
+    def before_train(self) -> None:
+        agvm, settings = self.agvm, self.agvm.settings
+        sizes = ", ".join(
+            f"{name} {sum(p.numel() for p in params):,}" for name, params in agvm.modules.items()
+        )
+        logger.info(
+            f"AGVM ({settings.mode}, rule {settings.rule}): parameters of each module: {sizes}"
+        )
+        if not agvm.attach():
+            return
+        self._warn_of_no_effect()
+        # DefaultTrainer's inner trainer calls after_backward, on hooks of its own.
+        inner = getattr(self.trainer, "_trainer", None)
+        if inner is not None and inner is not self._heard_by:  # train() may be called again
+            inner.register_hooks([_InnerTrainerEvents(self)])
+            self._heard_by = inner
+        split = ", split in two halves" if settings.estimator == "split" else ""
+        logger.info(
+            f"AGVM: K = {agvm.num_units // agvm.micro_batches} workers x {agvm.micro_batches} "
+            f"micro-batches = {agvm.num_units} gradients, measured every {settings.interval} "
+            f"iterations from {self.modulator.start_iter} on, by {type(agvm.tap).__name__}{split}"
+        )
+
+    def _warn_of_no_effect(self) -> None:
+        modulator, settings = self.modulator, self.agvm.settings
+        end = getattr(self.trainer, "max_iter", None)  # a plain loop has no trainer
+        if 0 <= modulator.stop_iter <= modulator.start_iter:
+            end = modulator.stop_iter
+        if end is not None and modulator.start_iter >= end:
+            logger.warning(
+                f"AGVM starts at iteration {modulator.start_iter}, but ends, or training does, at "
+                f"{end}: nothing will be measured. Set AGVM.START_ITER (start_iter) and STOP_ITER."
+            )
+        batch_size = self.agvm.batch_size
+        if settings.rule == "gain" and batch_size and settings.base_batch_size >= batch_size:
+            logger.warning(
+                f"AGVM.RULE gain: a batch of {batch_size} images is not above "
+                "AGVM.BASE_BATCH_SIZE, so no learning rate will be raised."
+            )
+
+    def before_step(self) -> None:
+        self.agvm.begin(get_event_storage().iter)
+
+    def after_micro_batch(self, weight: float) -> None:
+        """One of several backward passes ended; its loss was multiplied by `weight`."""
+        self.agvm.micro_batch_done(weight)
+
+    def after_backward(self) -> None:
+        """`.grad` holds the average over workers and micro-batches, not yet clipped or unscaled."""
+        self.agvm.backward_done()
+
+    def after_step(self) -> None:
+        self.agvm.end()
+        storage, modulator = get_event_storage(), self.modulator
+        if self.agvm.measured:
+            for name, value in self.agvm.scalars().items():
+                storage.put_scalar(name, value, smoothing_hint=False)
+        found = modulator.num_units and not modulator.variance.isnan().all()
+        if found and modulator.active(storage.iter) and (storage.iter + 1) % self._log_period == 0:
+            line = "  ".join(
+                f"{name} {variance:.3f} x{factor:.3f}"
+                for name, variance, factor in zip(
+                    modulator.names, modulator.variance, modulator.factors, strict=True
+                )
+            )
+            used = self.agvm.settings.mode == "modulate"
+            logger.info(f"AGVM: variance and LR factor{'' if used else ', not used,'}  {line}")
+
+    def after_train(self) -> None:
+        self.agvm.detach()
+
+    def noise_scale(self) -> dict[str, float]:
+        """Images, see `Modulator.noise_scale`."""
+        return self.modulator.noise_scale(self.agvm.batch_size)
+
+    def state_dict(self) -> dict:
+        return self.agvm.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """
+        Raises:
+            ValueError: the state was saved with other modules.
+        """
+        self.agvm.load_state_dict(state)
+
+
+class _InnerTrainerEvents(HookBase):
+    """Passes an inner trainer's events on to an AGVMHook, which belongs to the outer one."""
+
+    def __init__(self, hook: AGVMHook):
+        self._hook = hook
+
+    def after_backward(self) -> None:
+        self._hook.after_backward()
+
+    def after_micro_batch(self, weight: float) -> None:
+        self._hook.after_micro_batch(weight)

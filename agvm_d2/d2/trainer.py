@@ -1,0 +1,148 @@
+"""AGVM in Detectron2's DefaultTrainer."""
+
+from __future__ import annotations
+import contextlib
+import os
+from collections.abc import Callable
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer, defaults, hooks
+from detectron2.evaluation import (
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+from detectron2.utils import comm
+
+from ..solver import build_lr_scheduler, unsplit_optimizer
+from .checkpoint import AtomicCheckpointer
+from .checks import check_config
+from .hook import AGVMHook
+from .loader import build_train_loader
+from .run import RunOptions
+
+d2_create_ddp_model = defaults.create_ddp_model
+
+
+def create_ddp_model(model: torch.nn.Module, **kwargs) -> torch.nn.Module:
+    """Detectron2's, for a CPU too: it gives DDP device_ids, which DDP refuses for such a model."""
+    if next(model.parameters()).device.type == "cpu":
+        kwargs["device_ids"] = None
+    return d2_create_ddp_model(model, **kwargs)
+
+
+@contextlib.contextmanager
+def _patched(name: str, function: Callable):
+    """DefaultTrainer calls `function` where it calls Detectron2's of this name: what a project
+    overrides is kept, and what it leaves to Detectron2, also through super(), is this package's."""
+    before = getattr(defaults, name)
+    setattr(defaults, name, function)
+    try:
+        yield
+    finally:
+        setattr(defaults, name, before)
+
+
+def run_options(cfg: CfgNode) -> RunOptions:
+    """Those of a yacs config."""
+    return RunOptions(
+        batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        micro_batch_size=cfg.SOLVER.MICRO_BATCH_SIZE,
+        skip_nonfinite=cfg.SOLVER.ON_NONFINITE == "skip",
+        seed=cfg.SEED,
+        modules=cfg.AGVM.MODULES if cfg.AGVM.ENABLED else None,
+    )
+
+
+class AGVMTrainerMixin:
+    """Makes a DefaultTrainer an AGVM one: `class Trainer(AGVMTrainerMixin, TheirTrainer): pass`.
+
+    The project's own optimizer, scheduler, model and hooks are kept; Detectron2's stock optimizer
+    and scheduler give way to this package's, which know the keys of `add_agvm_config`.
+    """
+
+    def __init__(self, cfg):
+        """
+        Raises:
+            ValueError: a bad config value, named by its key.
+        """
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        check_config(cfg, comm.get_world_size())
+        with _patched("create_ddp_model", create_ddp_model):
+            super().__init__(cfg)
+        self._trainer = run_options(self.cfg).prepare_trainer(self._trainer)
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        with _patched("build_optimizer", unsplit_optimizer):
+            optimizer = super().build_optimizer(cfg, model)
+        return run_options(cfg).prepare_optimizer(optimizer, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg, optimizer):
+        with _patched("build_lr_scheduler", build_lr_scheduler):
+            return super().build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        with _patched("build_detection_train_loader", build_train_loader):
+            return super().build_train_loader(cfg)
+
+    def build_hooks(self):
+        if type(self.checkpointer) is DetectionCheckpointer:
+            stock = self.checkpointer
+            self.checkpointer = AtomicCheckpointer(
+                self.model,
+                stock.save_dir,
+                save_to_disk=stock.save_to_disk,
+                **stock.checkpointables,  # the trainer, and what the project adds, such as an EMA
+            )
+        built = super().build_hooks()
+        built.insert(0, run_options(self.cfg).iteration_seeder(self._trainer.data_loader))
+        if self.cfg.AGVM.ENABLED:
+            # By type, not by index: rank 0 has more hooks than the other workers.
+            place = [i for i, h in enumerate(built) if isinstance(h, hooks.LRScheduler)]
+            built.insert(
+                place[0] + 1 if place else 0, AGVMHook(self.cfg, self.model, self.optimizer)
+            )
+        return built
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        # A checkpoint saved without AGVM has fewer learning rates: one for each group unsplit.
+        groups = self._trainer.optimizer.param_groups
+        if hasattr(self.scheduler, "base_lrs") and len(self.scheduler.base_lrs) != len(groups):
+            self.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            self.scheduler._last_lr = [group["lr"] for group in groups]
+
+
+class AGVMTrainer(AGVMTrainerMixin, DefaultTrainer):
+    """DefaultTrainer with AGVM, micro-batches, DDP on CPU and GPU, and Detectron2's evaluators."""
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name: str, output_folder: str | None = None):
+        """Detectron2's evaluator(s) for the dataset's `evaluator_type`."""
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        kind = MetadataCatalog.get(dataset_name).evaluator_type
+        evaluators = []
+        if kind in ("sem_seg", "coco_panoptic_seg"):
+            evaluators.append(SemSegEvaluator(dataset_name, output_dir=folder))
+        if kind in ("coco", "coco_panoptic_seg"):
+            evaluators.append(COCOEvaluator(dataset_name, output_dir=folder))
+        if kind == "coco_panoptic_seg":
+            evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
+        if kind == "pascal_voc":
+            evaluators.append(PascalVOCDetectionEvaluator(dataset_name))
+        if kind == "lvis":
+            evaluators.append(LVISEvaluator(dataset_name, output_dir=folder))
+        if not evaluators:
+            raise NotImplementedError(
+                f"No evaluator for dataset '{dataset_name}' of evaluator_type '{kind}': override "
+                "build_evaluator."
+            )
+        return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)

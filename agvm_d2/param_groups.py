@@ -1,0 +1,139 @@
+"""Param groups of one module each, and saved optimizer states that fit them."""
+
+from __future__ import annotations
+import torch
+from torch import nn
+
+from .modules import ModulePatterns, assign_modules
+
+# By which optimizers can be told apart, and none that only some versions of torch have.
+HYPERPARAMETERS = ("momentum", "betas", "trust_coefficient", "grad_averaging")
+
+
+def split_param_groups(
+    optimizer: torch.optim.Optimizer, model: nn.Module, modules: ModulePatterns = ()
+) -> torch.optim.Optimizer:
+    """Split each group of a freshly built optimizer by module, in place, keeping every other key.
+    A state saved before or without that still loads.
+
+    >>> model = nn.ModuleDict({"backbone": nn.Linear(1, 1), "head": nn.Linear(1, 1)})
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> [len(g["params"]) for g in split_param_groups(optimizer, model).param_groups]
+    [2, 2]
+
+    Args:
+        optimizer: any optimizer over parameters of `model`, before its LR scheduler is built.
+        model: the model, also inside DistributedDataParallel.
+        modules: patterns as for `assign_modules`.
+
+    Returns:
+        The same optimizer.
+
+    Raises:
+        ValueError: a scheduler is built already; a parameter that is not in the model; see also
+            `assign_modules`.
+    """
+    fit_loaded_state(optimizer)
+    owner = {p: name for name, ps in assign_modules(model, modules).items() for p in ps}
+    known = set(model.parameters())
+    groups = []
+    for i, group in enumerate(optimizer.param_groups):
+        if "initial_lr" in group:
+            raise ValueError(
+                "split_param_groups: the optimizer has an LR scheduler already, which would keep "
+                "the old groups' learning rates. Split first, then build the scheduler."
+            )
+        parts: dict[str, list[int]] = {}
+        for k, param in enumerate(group["params"]):
+            if param not in known:
+                raise ValueError(
+                    f"split_param_groups: group {i} of the optimizer holds a parameter of shape "
+                    f"{tuple(param.shape)} that is not in the model."
+                )
+            # A frozen parameter, never updated, may stand in any group.
+            name = owner.get(param) or next(iter(parts), "")
+            parts.setdefault(name, []).append(k)
+        aligned = [k for k in ("params", "param_names") if k in group]
+        for indices in parts.values():
+            groups.append({**group, **{key: [group[key][k] for k in indices] for key in aligned}})
+    optimizer.param_groups[:] = groups
+    return optimizer
+
+
+def module_of_groups(
+    optimizer: torch.optim.Optimizer, modules: dict[str, list[nn.Parameter]]
+) -> list[int]:
+    """The index of each param group's module; -1 for a group of frozen parameters.
+
+    Raises:
+        ValueError: a group of several modules.
+    """
+    names = list(modules)
+    owner = {p: i for i, params in enumerate(modules.values()) for p in params}
+    matched = []
+    for i, group in enumerate(optimizer.param_groups):
+        found = sorted({owner[p] for p in group["params"] if p in owner})
+        if len(found) > 1:
+            raise ValueError(
+                f"Group {i} of the optimizer mixes the modules {', '.join(names[k] for k in found)}"
+                ", so they cannot have learning rates of their own. Call "
+                "split_param_groups(optimizer, model) before the LR scheduler is built."
+            )
+        matched.append(found[0] if found else -1)
+    return matched
+
+
+def fit_loaded_state(optimizer: torch.optim.Optimizer) -> None:
+    """From now on `load_state_dict` takes states saved with the groups as they are now, also after
+    `split_param_groups`, and refuses others clearly."""
+    whole = [list(group["params"]) for group in optimizer.param_groups]
+    optimizer.register_load_state_dict_pre_hook(
+        lambda optimizer, state: _fit_state(optimizer, state, whole)
+    )
+
+
+def _fit_state(
+    optimizer: torch.optim.Optimizer, state: dict, whole: list[list[nn.Parameter]]
+) -> dict:
+    """A saved optimizer state for the groups of `optimizer`, also where it was saved without AGVM.
+
+    Args:
+        whole: the groups before they were split.
+
+    Raises:
+        ValueError: a state of other groups, or of another optimizer.
+    """
+    groups, saved = optimizer.param_groups, state["param_groups"]
+    keys = [
+        {key for key in HYPERPARAMETERS if key in defaults}
+        for defaults in (optimizer.defaults, saved[0])
+    ]
+    if keys[0] != keys[1]:
+        raise ValueError(
+            f"The checkpoint is of another optimizer than {type(optimizer).__name__}: it has "
+            f"{', '.join(sorted(keys[1]))} instead of {', '.join(sorted(keys[0]))}. Resume with "
+            "the SOLVER.OPTIMIZER it was trained with, or start from its weights: MODEL.WEIGHTS, "
+            "without --resume."
+        )
+    sizes = [len(group["params"]) for group in saved]
+    if sizes == [len(group["params"]) for group in groups]:
+        return state
+    if sizes != [len(params) for params in whole]:
+        raise ValueError(
+            f"The checkpoint's optimizer has {len(saved)} param groups of {sizes} parameters; this "
+            f"one has {len(groups)}. With other AGVM.MODULES, or AGVM.ENABLED False after True, "
+            'keep them as they were and set AGVM.MODE "monitor" to train without the factors; or '
+            "start from its weights: MODEL.WEIGHTS, without --resume."
+        )
+    # Saved without AGVM: the same parameters in the same groups, not yet split.
+    index, group_of = {}, {}
+    for group, params in zip(saved, whole, strict=True):
+        index.update(zip(params, group["params"], strict=True))
+        group_of.update(dict.fromkeys(params, group))
+    return {
+        **state,
+        "param_groups": [
+            {**group_of[group["params"][0]], "params": [index[p] for p in group["params"]]}
+            for group in groups
+        ],
+    }

@@ -1,0 +1,81 @@
+"""AGVM's options. Each stands here once: its name, default, meaning and check.
+
+The keys of a yacs config, the `agvm` dict of a LazyConfig and the arguments of `AGVMHook` are made
+from these fields; AGVM.INTERVAL in a YAML file is `interval` here.
+"""
+
+from __future__ import annotations
+import dataclasses
+import re
+from collections.abc import Callable, Collection
+from typing import Any
+
+from .rules import RULES
+from .validate import holds, is_int, is_number, one_of, require
+
+
+def _are_pairs(value: Any) -> bool:
+    pairs = isinstance(value, (tuple, list)) and all(isinstance(p, (tuple, list)) for p in value)
+    return pairs and all([type(x) for x in pair] == [str, str] for pair in value)
+
+
+# (condition, what it asks for), or the names to choose from.
+Allowed = tuple[Callable[[Any], Any], str] | Collection[str]
+POSITIVE: Allowed = (lambda v: is_int(v) and v >= 1, "be at least 1")
+ITERATION: Allowed = (lambda v: is_int(v) and v >= -1, "be -1 or an iteration")
+SHARE: Allowed = (lambda v: is_number(v) and 0 <= v < 1, "be in [0, 1)")
+NAME: Allowed = (lambda v: isinstance(v, str), "be a module's name")
+PAIRS: Allowed = (_are_pairs, "be pairs (module name, regex)")
+BOUNDS: Allowed = (
+    lambda v: len(v) == 2 and is_number(*v) and 0 < v[0] <= 1 <= v[1],
+    "be two numbers (low, high) with 0 < low <= 1 <= high",
+)
+
+
+def _option(default: Any, allowed: Allowed, meaning: str) -> Any:
+    return dataclasses.field(default=default, metadata={"allowed": allowed, "meaning": meaning})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How AGVM measures and what it does with it.
+
+    >>> Settings(interval=0).check()
+    Traceback (most recent call last):
+    ValueError: AGVM.INTERVAL: found 0, but it must be at least 1.
+    """
+
+    mode: str = _option("modulate", ("modulate", "monitor"), '"monitor": measure and log only')
+    estimator: str = _option("pairwise", ("pairwise", "split"), '"split": the paper\'s, two halves')
+    rule: str = _option("variance", RULES, '"gain": each module\'s AdaScale gain')
+    base_batch_size: int = _option(16, POSITIVE, 'for "gain": the batch that the LR is for')
+    interval: int = _option(10, POSITIVE, "iterations between measurements")
+    start_iter: int = _option(-1, ITERATION, "first measured; -1: 100 iterations after warm-up")
+    stop_iter: int = _option(-1, ITERATION, "from here on factors are 1; -1: never")
+    momentum: float = _option(0.97, SHARE, "of the factors' moving average")
+    ratio_range: tuple[float, float] = _option((0.5, 10.0), BOUNDS, "of the variance ratio")
+    anchor: str = _option("backbone", NAME, "the module that the others are brought to")
+    modules: tuple[tuple[str, str], ...] = _option((), PAIRS, "first match wins; (): known ones")
+
+    def check(self, key: Callable[[str], str] = lambda name: f"AGVM.{name.upper()}") -> Settings:
+        """These settings, if they are good.
+
+        Args:
+            key: field name -> what a message calls it.
+
+        Raises:
+            ValueError: names the key, what was found and what it must be.
+        """
+        for field in dataclasses.fields(self):
+            value, allowed = getattr(self, field.name), field.metadata["allowed"]
+            if callable(next(iter(allowed))):
+                require(holds(allowed[0], value), key(field.name), value, allowed[1])
+            else:
+                one_of(key(field.name), value, allowed)
+        for name, regex in self.modules:
+            try:
+                re.compile(regex)
+            except re.error as error:
+                where = f"{key('modules')}: '{regex}' of module '{name}'"
+                raise ValueError(f"{where} is not a regex: {error}.") from None
+        return self

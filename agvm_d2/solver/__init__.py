@@ -1,0 +1,19 @@
+"""Optimizers, clipping and learning-rate schedules by this package's config keys."""
+
+from ..param_groups import fit_loaded_state, split_param_groups
+from .build import build_optimizer, prepare_optimizer, unsplit_optimizer
+from .clip import clip_gradients, skip_nonfinite_steps
+from .schedule import build_lr_scheduler, exp_warmup, scaled_lr
+
+__all__ = [
+    "build_lr_scheduler",
+    "build_optimizer",
+    "clip_gradients",
+    "exp_warmup",
+    "fit_loaded_state",
+    "prepare_optimizer",
+    "scaled_lr",
+    "skip_nonfinite_steps",
+    "split_param_groups",
+    "unsplit_optimizer",
+]

@@ -1,0 +1,87 @@
+"""The optimizer that a yacs config describes, and what this package asks of any optimizer."""
+
+from __future__ import annotations
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver.build import get_default_optimizer_params
+from torch import nn
+
+from ..modules import ModulePatterns
+from ..param_groups import fit_loaded_state, split_param_groups
+from ..validate import one_of
+from .clip import clip_gradients, skip_nonfinite_steps
+
+OPTIMIZERS = ("SGD", "ADAMW", "LARS", "LAMB")
+
+
+def _pytorch_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    try:
+        import pytorch_optimizer
+    except ImportError:
+        raise ValueError(
+            f"SOLVER.OPTIMIZER: '{name}' is in the package pytorch-optimizer, which is not "
+            "installed: pip install 'pytorch-optimizer>=3.1'."
+        ) from None
+    return {"LARS": pytorch_optimizer.LARS, "LAMB": pytorch_optimizer.Lamb}[name]
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """As `detectron2.solver.build_optimizer`, with SOLVER.OPTIMIZER, clipping by this package's
+    keys, and groups that hold one module each where AGVM is enabled.
+
+    Raises:
+        ValueError: see `assign_modules`; an unknown SOLVER.OPTIMIZER, or one not installed.
+    """
+    solver, agvm = cfg.SOLVER, cfg.AGVM
+    skip = solver.ON_NONFINITE == "skip"
+    return prepare_optimizer(
+        unsplit_optimizer(cfg, model), model, skip, agvm.MODULES if agvm.ENABLED else None
+    )
+
+
+def unsplit_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """`build_optimizer` without what `prepare_optimizer` does."""
+    solver = cfg.SOLVER
+    params = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+    )
+    options = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
+    if solver.OPTIMIZER in ("SGD", "LARS"):
+        options.update(momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
+    one_of("SOLVER.OPTIMIZER", solver.OPTIMIZER, OPTIMIZERS)
+    if solver.OPTIMIZER == "SGD":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(params, foreach=True, **options)
+    elif solver.OPTIMIZER == "ADAMW":
+        optimizer = torch.optim.AdamW(params, foreach=True, **options)
+    else:
+        optimizer = _pytorch_optimizer(solver.OPTIMIZER)(params, **options)
+    clip = solver.CLIP_GRADIENTS
+    if solver.ON_NONFINITE == "skip":  # first: clipping by value makes an inf finite
+        skip_nonfinite_steps(optimizer, model)
+    if clip.ENABLED:
+        clip_gradients(optimizer, clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE, clip.ITER_RANGE)
+    return optimizer
+
+
+def prepare_optimizer(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    skip_nonfinite: bool,
+    modules: ModulePatterns | None,
+) -> torch.optim.Optimizer:
+    """What this package asks of any new optimizer.
+
+    Args:
+        skip_nonfinite: see `skip_nonfinite_steps`.
+        modules: split the groups by these patterns, see `assign_modules`; None: leave them.
+    """
+    if skip_nonfinite:
+        skip_nonfinite_steps(optimizer, model)
+    if modules is not None:
+        return split_param_groups(optimizer, model, modules)
+    fit_loaded_state(optimizer)
+    return optimizer

@@ -1,0 +1,90 @@
+"""What happens to gradients just before a step: clipping, and skipping where one is NaN or inf."""
+
+from __future__ import annotations
+import logging
+import torch
+from detectron2.utils.events import get_event_storage
+from torch import nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+
+from ..norms import block_norms
+from ..validate import one_of
+
+logger = logging.getLogger("detectron2.agvm_d2")
+
+CLIP_TYPES = ("value", "norm", "full_model")
+
+
+def clip_gradients(
+    optimizer: torch.optim.Optimizer,
+    clip_type: str,
+    clip_value: float,
+    norm_type: float = 2.0,
+    iter_range: tuple[int, int] | tuple[()] = (),
+) -> None:
+    """Clip gradients just before each step of `optimizer`.
+
+    Args:
+        clip_type: "value", "norm" (of each parameter), or "full_model" (of all together).
+        iter_range: clip in iterations [first, last) only, those of Detectron2's EventStorage.
+
+    Raises:
+        ValueError: an unknown type.
+    """
+    one_of("clip_type", clip_type, CLIP_TYPES)
+    # The order now, so that a norm has the same bits whether groups are split later or not.
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def clip_now(*_) -> None:
+        if iter_range and not iter_range[0] <= get_event_storage().iter < iter_range[1]:
+            return
+        if all(p.grad is None for p in params):  # a skipped step
+            return
+        if clip_type == "full_model":
+            clip_grad_norm_(params, clip_value, norm_type)
+        elif clip_type == "norm":
+            for param in params:
+                clip_grad_norm_(param, clip_value, norm_type)
+        else:
+            clip_grad_value_(params, clip_value)
+
+    optimizer.register_step_pre_hook(clip_now)
+
+
+@torch.no_grad()
+def _finite(tensors: list[torch.Tensor]) -> bool:
+    return bool(torch.cat([n for norms in block_norms(tensors) for n in norms]).isfinite().all())
+
+
+def skip_nonfinite_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Leave out each step of `optimizer` whose gradient has a NaN or inf, and say so in the log.
+
+    DDP's workers hold the same averaged gradient, so all of them decide alike. The buffers of
+    `model`, such as BatchNorm's statistics, go back to what they were after the last step taken.
+    """
+    if getattr(optimizer, "skips_nonfinite", False):
+        return
+    optimizer.skips_nonfinite = True
+    skipped = 0
+    good = [buffer.clone() for buffer in model.buffers()]
+
+    @torch.no_grad()
+    def skip_if_nonfinite(*_) -> None:
+        nonlocal skipped
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        grads = [p.grad for p in params if p.grad is not None]
+        if not grads or _finite(grads):
+            for kept, buffer in zip(good, model.buffers(), strict=True):
+                kept.copy_(buffer)
+            return
+        for param in params:
+            param.grad = None  # then there is nothing to step by
+        for kept, buffer in zip(good, model.buffers(), strict=True):
+            buffer.copy_(kept)
+        skipped += 1
+        logger.warning(
+            f"Iteration {get_event_storage().iter}: a gradient is NaN or inf, the step is skipped "
+            f"({skipped} so far)."
+        )
+
+    optimizer.register_step_pre_hook(skip_if_nonfinite)

@@ -1,0 +1,148 @@
+"""The paper's estimator, 1 - cos of two halves of the gradients; unread by who uses `pairwise`.
+
+Of workers: each bucket is also reduced within each half, on measured steps. Of one process's
+micro-batches: the first half's gradient is kept from the middle of a measured step to its end.
+"""
+
+from __future__ import annotations
+from collections.abc import Callable
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .moments import NOT_SEEN, BucketTap, CommHook, GradientTap, Moments, Precondition
+from .norms import ModuleNorms, Modules
+from .variance import split_variance
+
+
+def split_moments(rows: torch.Tensor, share: float) -> Moments:
+    """From rows |a|^2, |b|^2, |mean|^2 of two halves, the first of them `share` of the batch; shape
+    (3, modules). The halves are the units: K = 2."""
+    sq_a, sq_b, mean_sq = rows
+    unit_sq = share * sq_a + (1 - share) * sq_b
+    return Moments(unit_sq, mean_sq, 2, split_variance(sq_a, sq_b, mean_sq, share))
+
+
+class SplitBucketTap(BucketTap):
+    """The first half of the workers against the second; of an odd number it has one more."""
+
+    def __init__(
+        self,
+        model: DistributedDataParallel,
+        modules: Modules,
+        precondition: Precondition | None = None,
+        inner: CommHook | None = None,
+    ):
+        super().__init__(model, modules, precondition, inner)
+        ranks = dist.get_process_group_ranks(self.group)
+        cut = (self.workers + 1) // 2
+        self.share = cut / self.workers
+        halves = ranks[:cut], ranks[cut:]
+        groups = [dist.new_group(half, use_local_synchronization=True) for half in halves]
+        self.side = int(dist.get_rank() not in halves[0])
+        self.half, self.half_group = halves[self.side], groups[self.side]
+
+    def start(self) -> None:
+        self._pending: list[torch.futures.Future] = []
+        super().start()
+
+    def _measure_units(self, bucket: dist.GradBucket, measure: Callable) -> None:
+        if len(self.half) == 1:
+            return super()._measure_units(bucket, measure)
+        copy = bucket.buffer().clone()
+        work = dist.reduce(copy, self.half[0], group=self.half_group, async_op=True)
+        root = dist.get_rank() == self.half[0]
+
+        def reduced(future: torch.futures.Future) -> None:
+            if root:
+                measure(self._unit, future)  # its result, the copy, is not to be kept
+
+        self._pending.append(work.get_future().then(reduced))
+
+    def _local(self) -> tuple[torch.Tensor, int]:
+        torch.futures.wait_all(self._pending)
+        mean_sq = self._mean.total(self.device)
+        halves = mean_sq.new_zeros(2, len(mean_sq))
+        # 0 but on the half's root.
+        halves[self.side] = self._unit.total(self.device) * self.workers / len(self.half) ** 2
+        return torch.cat([halves, mean_sq[None]]), 1
+
+    def _moments(self, rows: torch.Tensor, num_units: int) -> Moments:
+        return split_moments(rows, self.share)
+
+
+class SplitMicroBatchTap(GradientTap):
+    """The first half of one process's micro-batches against the others."""
+
+    def __init__(
+        self, modules: Modules, micro_batches: int, precondition: Precondition | None = None
+    ):
+        super().__init__(modules, precondition)
+        self.cut = (micro_batches + 1) // 2
+
+    def start(self) -> None:
+        self._first: dict[nn.Parameter, torch.Tensor] | None = None
+        self._rows: torch.Tensor | None = None
+        self._num_units, self.share = 0, 0.0
+        super().start()
+
+    @torch.no_grad()
+    def unit_done(self, weight: float) -> None:
+        self._num_units += 1
+        if self._num_units <= self.cut:
+            self.share += weight
+        if self._num_units == self.cut:
+            self._first = {p: p.grad.clone() for p in self.params if p.grad is not None}
+
+    @torch.no_grad()
+    def average_done(self) -> None:
+        if self._first is None or self._num_units <= self.cut:
+            raise RuntimeError(
+                "AGVM.ESTIMATOR split compares micro-batches, but of this step it saw "
+                f"{self._num_units}: give AGVMHook(micro_batches=) their number and call "
+                "after_micro_batch() after each, as MicroBatchTrainer does."
+            )
+        params = [p for p in self.params if p.grad is not None]
+        grads, zero = [p.grad for p in params], torch.zeros((), device=self.device)
+        first = [self._first.get(p, zero).expand_as(p) for p in params]
+        second = [g - f for g, f in zip(grads, first, strict=True)]
+        rows = [f / self.share for f in first], [s / (1 - self.share) for s in second], grads
+        norms = [self.add(ModuleNorms(self.modules), params, row) for row in rows]
+        self._rows = torch.stack([n.total(self.device) for n in norms])
+        self._first = None
+
+    def _local(self) -> tuple[torch.Tensor, int]:
+        if self._rows is None:
+            raise RuntimeError(NOT_SEEN)
+        return self._rows, self._num_units
+
+    def _moments(self, rows: torch.Tensor, num_units: int) -> Moments:
+        return split_moments(rows, self.share)
+
+
+def build_split_tap(
+    model: nn.Module,
+    modules: Modules,
+    micro_batches: int,
+    precondition: Precondition | None,
+    inner: CommHook | None,
+) -> GradientTap:
+    """
+    Raises:
+        ValueError: neither micro-batches nor DDP with a free communication hook.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        if micro_batches < 2:
+            raise ValueError(
+                "AGVM.ESTIMATOR split compares halves of the workers, but the model given to "
+                "AGVMHook is not inside DistributedDataParallel."
+            )
+        return SplitMicroBatchTap(modules, micro_batches, precondition)
+    try:
+        return SplitBucketTap(model, modules, precondition, inner)
+    except RuntimeError as error:
+        raise ValueError(
+            "AGVM.ESTIMATOR split needs DDP's communication hook, which is taken: give the "
+            "hook to AGVMHook(comm_hook=(state, hook)) instead, or use pairwise."
+        ) from error

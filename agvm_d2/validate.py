@@ -1,0 +1,31 @@
+"""Checks of a user's values, whose messages name the key."""
+
+from __future__ import annotations
+from collections.abc import Callable, Collection
+from typing import Any
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(*values: Any) -> bool:
+    return all(is_int(v) or isinstance(v, float) for v in values)
+
+
+def require(ok: bool, key: str, value: Any, need: str) -> None:
+    """Unless `ok`, ValueError with the key, what was found and what it must be."""
+    if not ok:
+        raise ValueError(f"{key}: found {value!r}, but it must {need}.")
+
+
+def one_of(key: str, value: Any, allowed: Collection[str]) -> None:
+    require(value in tuple(allowed), key, value, f"be one of {', '.join(allowed)}")
+
+
+def holds(condition: Callable[[Any], Any], value: Any) -> bool:
+    """`condition(value)`; False for a value of a type that it cannot take."""
+    try:
+        return bool(condition(value))
+    except TypeError:
+        return False
