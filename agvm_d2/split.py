@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .moments import NOT_SEEN, BucketTap, CommHook, GradientTap, Moments, Precondition
-from .norms import ModuleNorms, Modules
+from .modules import uncompiled
+from .moments import BucketTap, CommHook, GradientTap, Moments
+from .norms import Modules
+from .precondition import Precondition
 from .variance import split_variance
 
 
@@ -47,9 +49,9 @@ class SplitBucketTap(BucketTap):
         self._pending: list[torch.futures.Future] = []
         super().start()
 
-    def _measure_units(self, bucket: dist.GradBucket, measure: Callable) -> None:
+    def measure_units(self, bucket: dist.GradBucket, measure: Callable) -> None:
         if len(self.half) == 1:
-            return super()._measure_units(bucket, measure)
+            return super().measure_units(bucket, measure)
         copy = bucket.buffer().clone()
         work = dist.reduce(copy, self.half[0], group=self.half_group, async_op=True)
         root = dist.get_rank() == self.half[0]
@@ -60,7 +62,7 @@ class SplitBucketTap(BucketTap):
 
         self._pending.append(work.get_future().then(reduced))
 
-    def _local(self) -> tuple[torch.Tensor, int]:
+    def local(self) -> tuple[torch.Tensor, int]:
         torch.futures.wait_all(self._pending)
         mean_sq = self._mean.total(self.device)
         halves = mean_sq.new_zeros(2, len(mean_sq))
@@ -68,7 +70,7 @@ class SplitBucketTap(BucketTap):
         halves[self.side] = self._unit.total(self.device) * self.workers / len(self.half) ** 2
         return torch.cat([halves, mean_sq[None]]), 1
 
-    def _moments(self, rows: torch.Tensor, num_units: int) -> Moments:
+    def moments(self, rows: torch.Tensor, num_units: int) -> Moments:
         return split_moments(rows, self.share)
 
 
@@ -108,16 +110,15 @@ class SplitMicroBatchTap(GradientTap):
         first = [self._first.get(p, zero).expand_as(p) for p in params]
         second = [g - f for g, f in zip(grads, first, strict=True)]
         rows = [f / self.share for f in first], [s / (1 - self.share) for s in second], grads
-        norms = [self.add(ModuleNorms(self.modules), params, row) for row in rows]
-        self._rows = torch.stack([n.total(self.device) for n in norms])
-        self._first = None
+        norms = [self.norms().add(params, row).total(self.device) for row in rows]
+        self._rows, self._first = torch.stack(norms), None
 
-    def _local(self) -> tuple[torch.Tensor, int]:
+    def local(self) -> tuple[torch.Tensor, int]:
         if self._rows is None:
-            raise RuntimeError(NOT_SEEN)
+            raise RuntimeError("AGVM did not see the averaged gradient: see AGVM.backward_done().")
         return self._rows, self._num_units
 
-    def _moments(self, rows: torch.Tensor, num_units: int) -> Moments:
+    def moments(self, rows: torch.Tensor, num_units: int) -> Moments:
         return split_moments(rows, self.share)
 
 
@@ -132,6 +133,7 @@ def build_split_tap(
     Raises:
         ValueError: neither micro-batches nor DDP with a free communication hook.
     """
+    model = uncompiled(model)
     if not isinstance(model, DistributedDataParallel):
         if micro_batches < 2:
             raise ValueError(
