@@ -50,8 +50,7 @@ def split_param_groups(
                     f"split_param_groups: group {i} of the optimizer holds a parameter of shape "
                     f"{tuple(param.shape)} that is not in the model."
                 )
-            # A frozen parameter, never updated, may stand in any group.
-            name = owner.get(param) or next(iter(parts), "")
+            name = owner.get(param, "")  # "": frozen
             parts.setdefault(name, []).append(k)
         aligned = [k for k in ("params", "param_names") if k in group]
         for indices in parts.values():
