@@ -141,7 +141,7 @@ class AGVM:
         if self.tap is not None and self.tap.measuring:
             self.tap.average_done()
 
-    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         # torch patches `step` once per class, so a subclass that calls super().step fires twice.
         self._depth += 1
         if self._depth > 1 or self.tap is None:
@@ -156,7 +156,7 @@ class AGVM:
                 if module >= 0:
                     group["lr"] = group["lr"] * factors[module]  # a new object: lr may be a tensor
 
-    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
             self._restore_lrs()

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .norms import ModuleNorms, Modules
 from .variance import pairwise_variance
 
-Precondition = Callable[[nn.Parameter, torch.Tensor], torch.Tensor]
+Precondition = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (parameter, gradient)
 CommHook = tuple[Any, Callable]  # (state, hook), the arguments of DDP's register_comm_hook
 
 
@@ -43,7 +43,12 @@ def pairwise_moments(unit_sq: torch.Tensor, mean_sq: torch.Tensor, num_units: in
 class GradientTap:
     """Measures the backward passes of one iteration: `start`, the passes, `collect`."""
 
-    def __init__(self, modules: Modules, precondition: Precondition | None = None, group=None):
+    def __init__(
+        self,
+        modules: Modules,
+        precondition: Precondition | None = None,
+        group: dist.ProcessGroup | None = None,
+    ):
         self.modules, self.precondition, self.group = modules, precondition, group
         self.params = [p for params in modules.values() for p in params]
         self.device = self.params[0].device
@@ -51,7 +56,7 @@ class GradientTap:
         self.measuring = False
 
     def add(
-        self, norms: ModuleNorms, params: Iterable[nn.Parameter], grads: Iterable[torch.Tensor]
+        self, norms: ModuleNorms, params: Iterable[torch.Tensor], grads: Iterable[torch.Tensor]
     ) -> ModuleNorms:
         """Add (preconditioned) gradients to `norms`."""
         params, grads = list(params), list(grads)
@@ -172,7 +177,12 @@ class ParameterTap(GradientTap):
     parameter and pass, on measured steps only.
     """
 
-    def __init__(self, modules: Modules, precondition: Precondition | None = None, group=None):
+    def __init__(
+        self,
+        modules: Modules,
+        precondition: Precondition | None = None,
+        group: dist.ProcessGroup | None = None,
+    ):
         super().__init__(modules, precondition, group)
         self._handles: list = []
 
@@ -208,8 +218,8 @@ class ParameterTap(GradientTap):
     def average_done(self) -> None:
         if not self._num_units:  # a training loop without micro-batches
             self.unit_done()
-        params = [p for p in self.params if p.grad is not None]
-        mean = self.add(ModuleNorms(self.modules), params, [p.grad for p in params])
+        grads = {p: p.grad for p in self.params if p.grad is not None}
+        mean = self.add(ModuleNorms(self.modules), grads, grads.values())
         self._mean_sq = mean.total(self.device)
 
     def _local(self) -> tuple[torch.Tensor, int]:
@@ -231,7 +241,7 @@ def adam_precondition(optimizer: torch.optim.Optimizer) -> Precondition:
     """
     eps = {p: group["eps"] for group in optimizer.param_groups for p in group["params"]}
 
-    def precondition(param: nn.Parameter, grad: torch.Tensor) -> torch.Tensor:
+    def precondition(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         v = optimizer.state.get(param, {}).get("exp_avg_sq")
         return torch.zeros_like(grad) if v is None else grad / (v.sqrt().add_(eps[param]))
 

@@ -56,9 +56,9 @@ class ModuleNorms:
 
     def __init__(self, modules: Modules):
         self._modules = modules
-        self._norms: dict[nn.Parameter, list[torch.Tensor]] = {}
+        self._norms: dict[torch.Tensor, list[torch.Tensor]] = {}
 
-    def add(self, params: list[nn.Parameter], grads: list[torch.Tensor]) -> ModuleNorms:
+    def add(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> ModuleNorms:
         # Futures call back on other threads, but each for parameters of its own.
         self._norms.update(zip(params, block_norms(grads), strict=True))
         return self

@@ -1,6 +1,7 @@
 """Param groups of one module each, and saved optimizer states that fit them."""
 
 from __future__ import annotations
+from typing import Any
 import torch
 from torch import nn
 
@@ -36,7 +37,7 @@ def split_param_groups(
     fit_loaded_state(optimizer)
     owner = {p: name for name, ps in assign_modules(model, modules).items() for p in ps}
     known = set(model.parameters())
-    groups = []
+    groups: list[dict[str, Any]] = []
     for i, group in enumerate(optimizer.param_groups):
         if "initial_lr" in group:
             raise ValueError(
@@ -126,7 +127,8 @@ def _fit_state(
             "start from its weights: MODEL.WEIGHTS, without --resume."
         )
     # Saved without AGVM: the same parameters in the same groups, not yet split.
-    index, group_of = {}, {}
+    index: dict[nn.Parameter, int] = {}
+    group_of: dict[nn.Parameter, dict] = {}
     for group, params in zip(saved, whole, strict=True):
         index.update(zip(params, group["params"], strict=True))
         group_of.update(dict.fromkeys(params, group))

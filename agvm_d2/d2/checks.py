@@ -4,7 +4,8 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 import torch
 from detectron2.config import CfgNode as CN
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -20,7 +21,7 @@ STOP_OR_SKIP = ("stop", "skip")
 WARMUP_METHODS = ("constant", "linear", "exp")
 
 
-def check_whole(key: str, value, low: int) -> None:
+def check_whole(key: str, value: Any, low: int) -> None:
     """
     Raises:
         ValueError: not a whole number, or below `low`.
@@ -146,7 +147,7 @@ def check_amp(key: str, enabled: bool, device: str) -> None:
     )
 
 
-def check_datasets(names) -> None:
+def check_datasets(names: Iterable[str]) -> None:
     """
     Raises:
         ValueError: a name that is not registered.
