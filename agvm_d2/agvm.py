@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .modules import assign_modules
 from .modulator import Modulator
+from .modules import assign_modules
 from .moments import BucketTap, CommHook, GradientTap, ParameterTap, Precondition, adam_precondition
 from .norms import Modules
 from .param_groups import module_of_groups

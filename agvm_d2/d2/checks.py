@@ -12,9 +12,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from ..settings import Settings
-from ..validate import holds, is_int, one_of, require
 from ..solver.build import OPTIMIZERS
 from ..solver.clip import CLIP_TYPES
+from ..validate import holds, is_int, one_of, require
 from .micro_batches import micro_batches
 
 STOP_OR_SKIP = ("stop", "skip")

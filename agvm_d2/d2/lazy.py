@@ -31,8 +31,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..settings import Settings
-from ..validate import one_of
 from ..solver.clip import CLIP_TYPES, clip_gradients, skip_nonfinite_steps
+from ..validate import one_of
 from .checkpoint import AtomicCheckpointer
 from .checks import STOP_OR_SKIP, check_agvm, check_amp, check_device, check_whole
 from .hook import AGVMHook
