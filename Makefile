@@ -1,4 +1,5 @@
-# make setup | demo | test | test-all | lint. `make setup VENV=DIR` uses another environment.
+# make setup | demo | test-fast | test | test-all | lint. `make setup VENV=DIR` uses another
+# environment.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -7,7 +8,7 @@ STAMP := $(VENV)/.agvm_d2
 D2_WHEEL := sal-detectron2==0.7.2
 DEMO_CONFIG := configs/Digits-Detection/faster_rcnn_thin_R_50_FPN_bs64_agvm.yaml
 
-.PHONY: setup demo test test-all lint clean
+.PHONY: setup demo test-fast test test-all lint clean
 setup: $(STAMP)
 
 # The stamp comes last, so an interrupted set-up starts over. A Detectron2 that $(PYTHON) already
@@ -19,7 +20,7 @@ $(STAMP): setup.cfg pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv \
 	  $$($(PYTHON) -c 'import detectron2' 2>/dev/null && echo --system-site-packages) $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check \
-	  --editable '.[digits,test'$$($(PY) -c 'import detectron2' 2>/dev/null || echo ,detectron2)']'
+	  --editable '.[digits,test,dev'$$($(PY) -c 'import detectron2' 2>/dev/null || echo ,detectron2)']'
 	$(PY) -c 'import detectron2' 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check \
 	  --no-deps --only-binary=:all: --implementation cp --python-version 3.10 \
 	  --target "$$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" $(D2_WHEEL)
@@ -32,6 +33,10 @@ demo: setup
 	$(PY) train_net.py --config-file $(DEMO_CONFIG) OUTPUT_DIR output/demo
 	$(PY) -m agvm_d2.plot output/demo
 
+# While you work on a change: without the tests that are marked slow or integration.
+test-fast: setup
+	$(PY) -m pytest -m "not slow and not integration"
+
 test: setup
 	$(PY) -m pytest
 
@@ -40,8 +45,8 @@ test-all: setup
 
 lint: setup
 	$(PY) -m ruff check .
-	$(PY) -m black --check --quiet .
-	$(PY) -m isort --check --quiet .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 clean:
 	rm -rf $(VENV) *.egg-info output

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .d2.trainer import AGVMTrainer, AGVMTrainerMixin
     from .solver import build_optimizer
 
-__version__ = "0.2.0"
+__version__ = "0.2.0"  # a literal: setup.cfg reads it without importing torch
 
 __all__ = [
     "AGVM",

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .modules import assign_modules, uncompiled
 from .modulator import Modulator
+from .modules import assign_modules, uncompiled
 from .moments import BucketTap, CommHook, GradientTap, TensorTap
 from .norms import Modules
 from .param_groups import module_of_groups
@@ -134,7 +134,7 @@ class AGVM:
             self._wanted or self.modulator.due(iteration)
         )
         if self.tap is not None and (self._wanted or self._rehearsal):
-            self._update_modules()
+            self.tap.modules = self._update_modules()
             self.tap.start()
 
     def micro_batch_done(self, weight: float) -> None:
@@ -147,7 +147,9 @@ class AGVM:
         if self.tap is not None and self.tap.measuring:
             self.tap.average_done()
 
-    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, args, kwargs):
+    def _before_optimizer_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
         # torch patches `step` once per class, so a subclass that calls super().step fires twice.
         self._depth += 1
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -157,7 +159,7 @@ class AGVM:
             self._scale_lrs()
             return None
 
-        def measured_closure():  # the backward pass is inside the step
+        def measured_closure() -> Any:  # the backward pass is inside the step
             loss = closure()
             self.backward_done()
             self._scale_lrs()
@@ -175,7 +177,7 @@ class AGVM:
                 if module >= 0:
                     group["lr"] = group["lr"] * factors[module]  # a new object: lr may be a tensor
 
-    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
             self._restore_lrs()
@@ -201,10 +203,10 @@ class AGVM:
             units = self.tap.local()[1] * self.tap.workers
             if units < 2:
                 raise RuntimeError(
-                    f"AGVM was set up for {self.micro_batches} micro-batches, but this training "
-                    "loop ran one and did not say so with micro_batch_done() (after_micro_batch()): "
-                    "a loop of its own does not know SOLVER.MICRO_BATCH_SIZE. Train with several "
-                    "workers, or build agvm_d2.trainer.MicroBatchTrainer in it."
+                    f"AGVM was set up for {self.micro_batches} micro-batches, but this loop ran 1 "
+                    "and did not call micro_batch_done() (after_micro_batch()): a loop of its own "
+                    "does not know SOLVER.MICRO_BATCH_SIZE. Train with several workers, or build "
+                    "agvm_d2.trainer.MicroBatchTrainer in it."
                 )
             if not self._wanted:
                 return self.tap.stop()
@@ -222,11 +224,11 @@ class AGVM:
                 "(SOLVER.MICRO_BATCH_SIZE) to measure the whole batch of a step."
             )
 
-    def _update_modules(self) -> None:
+    def _update_modules(self) -> Modules:
         """Parameters may have been unfrozen since the last measurement."""
         known = {p for params in self.modules.values() for p in params}
         if all(p in known for p in self.model.parameters() if p.requires_grad):
-            return
+            return self.modules
         modules = assign_modules(self.model, self.settings.modules)
         if not set(modules) <= set(self.modules):
             raise ValueError(
@@ -236,7 +238,7 @@ class AGVM:
             )
         self.modules = {name: modules.get(name, self.modules[name]) for name in self.modules}
         self._group_module = module_of_groups(self.optimizer, self.modules)
-        self.tap.modules = self.modules
+        return self.modules
 
     # What was found.
 

@@ -43,7 +43,12 @@ def pairwise_moments(unit_sq: torch.Tensor, mean_sq: torch.Tensor, num_units: in
 class GradientTap:
     """Measures the backward passes of one iteration: `start`, the passes, `collect`."""
 
-    def __init__(self, modules: Modules, precondition: Precondition | None = None, group=None):
+    def __init__(
+        self,
+        modules: Modules,
+        precondition: Precondition | None = None,
+        group: dist.ProcessGroup | None = None,
+    ):
         self.modules, self.precondition, self.group = modules, precondition, group
         self.device = next(iter(modules.values()))[0].device
         self.workers = dist.get_world_size(group) if dist.is_initialized() else 1
@@ -192,7 +197,12 @@ class TensorTap(GradientTap):
     that is used several times as many gradients; their sum is then kept from one to the next.
     """
 
-    def __init__(self, modules: Modules, precondition: Precondition | None = None, group=None):
+    def __init__(
+        self,
+        modules: Modules,
+        precondition: Precondition | None = None,
+        group: dist.ProcessGroup | None = None,
+    ):
         super().__init__(modules, precondition, group)
         self._several: set[nn.Parameter] = set()
 
@@ -212,8 +222,8 @@ class TensorTap(GradientTap):
         if param in self._sums:
             before = self._sums[param]
             if before is None:  # not expected: the first unit's is in `.grad`, another's is lost
-                before = torch.nan if self._num_units else param.grad
-            grad = grad + before
+                before = None if self._num_units else param.grad
+            grad = grad + (torch.nan if before is None else before)
             self._several.add(param)
         self._sums[param] = grad.clone() if param in self._several else None
         self._unit.add([param], [grad])

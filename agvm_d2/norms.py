@@ -59,9 +59,9 @@ class ModuleNorms:
 
     def __init__(self, modules: Modules, precondition: Precondition | None = None):
         self._modules, self._precondition = modules, precondition
-        self._norms: dict[nn.Parameter, list[torch.Tensor]] = {}
+        self._norms: dict[torch.Tensor, list[torch.Tensor]] = {}
 
-    def add(self, params: Sequence[nn.Parameter], grads: Sequence[torch.Tensor]) -> ModuleNorms:
+    def add(self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> ModuleNorms:
         if self._precondition is not None:
             grads = [self._precondition(p, g) for p, g in zip(params, grads, strict=True)]
         # Futures call back on other threads, but each for parameters of its own.

@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-Series = dict[str, tuple[list[int], list[float]]]
+Series = dict[str, tuple[tuple[int, ...], tuple[float, ...]]]
 
 # One colour a module in every picture, anchor first.
 ORDER = (
@@ -51,7 +51,7 @@ def read_metrics(path: str) -> Series:
         for name, value in row.items():
             if isinstance(value, (int, float)) and iteration is not None:
                 values[name][iteration] = value
-    return {name: tuple(zip(*sorted(v.items()), strict=True)) for name, v in values.items()}
+    return {n: (tuple(sorted(v)), tuple(v[i] for i in sorted(v))) for n, v in values.items()}
 
 
 def _modules(series: Series, kind: str) -> list[str]:
@@ -78,7 +78,7 @@ def plot(output_dir: str, picture: str | None = None) -> str:
             "one worker and no micro-batches, or AGVM.ENABLED was False."
         )
     modules = _modules(series, "variance")
-    colours = dict(zip(modules, plt.get_cmap("tab10").colors * 3, strict=False))
+    colours = {name: plt.get_cmap("tab10")(i % 10) for i, name in enumerate(modules)}
     with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
         for axis, kind, label in (

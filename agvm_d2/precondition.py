@@ -3,9 +3,8 @@
 from __future__ import annotations
 from collections.abc import Callable
 import torch
-from torch import nn
 
-Precondition = Callable[[nn.Parameter, torch.Tensor], torch.Tensor]
+Precondition = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (parameter, gradient)
 
 # By name: Lamb is pytorch-optimizer's, and it keeps Adam's second moment too.
 ADAM_LIKE = {"Adam", "AdamW", "Lamb"}
@@ -23,7 +22,7 @@ def preconditioner(optimizer: torch.optim.Optimizer) -> Precondition | None:
         return None
     eps = {p: group["eps"] for group in optimizer.param_groups for p in group["params"]}
 
-    def precondition(param: nn.Parameter, grad: torch.Tensor) -> torch.Tensor:
+    def precondition(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         v = optimizer.state.get(param, {}).get("exp_avg_sq")
         if v is None:
             return torch.zeros_like(grad)

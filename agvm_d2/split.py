@@ -6,6 +6,7 @@ micro-batches: the first half's gradient is kept from the middle of a measured s
 
 from __future__ import annotations
 from collections.abc import Callable
+from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -41,7 +42,8 @@ class SplitBucketTap(BucketTap):
         cut = (self.workers + 1) // 2
         self.share = cut / self.workers
         halves = ranks[:cut], ranks[cut:]
-        groups = [dist.new_group(half, use_local_synchronization=True) for half in halves]
+        # Any: that of the other half is a placeholder.
+        groups: list[Any] = [dist.new_group(h, use_local_synchronization=True) for h in halves]
         self.side = int(dist.get_rank() not in halves[0])
         self.half, self.half_group = halves[self.side], groups[self.side]
 
@@ -54,6 +56,7 @@ class SplitBucketTap(BucketTap):
             return super().measure_units(bucket, measure)
         copy = bucket.buffer().clone()
         work = dist.reduce(copy, self.half[0], group=self.half_group, async_op=True)
+        assert work is not None  # it is outside the group only
         root = dist.get_rank() == self.half[0]
 
         def reduced(future: torch.futures.Future) -> None:
@@ -105,12 +108,12 @@ class SplitMicroBatchTap(GradientTap):
                 f"{self._num_units}: give AGVMHook(micro_batches=) their number and call "
                 "after_micro_batch() after each, as MicroBatchTrainer does."
             )
-        params = [p for p in self.params if p.grad is not None]
-        grads, zero = [p.grad for p in params], torch.zeros((), device=self.device)
-        first = [self._first.get(p, zero).expand_as(p) for p in params]
+        grad_of = {p: p.grad for p in self.params if p.grad is not None}
+        grads, zero = list(grad_of.values()), torch.zeros((), device=self.device)
+        first = [self._first.get(p, zero).expand_as(p) for p in grad_of]
         second = [g - f for g, f in zip(grads, first, strict=True)]
         rows = [f / self.share for f in first], [s / (1 - self.share) for s in second], grads
-        norms = [self.norms().add(params, row).total(self.device) for row in rows]
+        norms = [self.norms().add([*grad_of], row).total(self.device) for row in rows]
         self._rows, self._first = torch.stack(norms), None
 
     def local(self) -> tuple[torch.Tensor, int]:

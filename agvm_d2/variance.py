@@ -8,16 +8,18 @@ value per module; a float comes back for floats, a float64 tensor for tensors. U
 
 from __future__ import annotations
 import functools
+from collections.abc import Callable
+from typing import Any
 import torch
 
 EPS = 1e-6  # keeps the ratio finite; the official code's value
 
 
-def _elementwise(function):
+def _elementwise(function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     """Let `function` on float64 tensors also take and return plain numbers."""
 
     @functools.wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: Any, **kwargs: Any) -> Any:
         # num_units and bounds pass through as_tensor unharmed: all is plain arithmetic.
         values = {k: torch.as_tensor(v, dtype=torch.float64) for k, v in kwargs.items()}
         out = function(*(torch.as_tensor(a, dtype=torch.float64) for a in args), **values)
@@ -26,13 +28,15 @@ def _elementwise(function):
     return call
 
 
-def _check_units(num_units) -> None:
+def _check_units(num_units: torch.Tensor) -> None:
     if (num_units < 2).any():
         raise ValueError(f"a variance needs at least 2 gradients; num_units = {num_units.tolist()}")
 
 
 @_elementwise
-def pairwise_variance(unit_sq, mean_sq, num_units):
+def pairwise_variance(
+    unit_sq: torch.Tensor, mean_sq: torch.Tensor, num_units: torch.Tensor
+) -> torch.Tensor:
     """Gradient variance phi >= 0: what `split_variance` expects over all halvings of the K units.
 
     With p = (K S2 - S1)/(K - 1), the mean inner product of two different units, a half's mean has
@@ -47,7 +51,9 @@ def pairwise_variance(unit_sq, mean_sq, num_units):
 
 
 @_elementwise
-def split_variance(sq_a, sq_b, mean_sq, share=0.5):
+def split_variance(
+    sq_a: torch.Tensor, sq_b: torch.Tensor, mean_sq: torch.Tensor, share: torch.Tensor | float = 0.5
+) -> torch.Tensor:
     """The paper's variance, 1 - cos(a, b), from norms alone.
 
     Args:
@@ -62,7 +68,11 @@ def split_variance(sq_a, sq_b, mean_sq, share=0.5):
 
 
 @_elementwise
-def lr_ratio(variance, anchor, ratio_range=(0.5, 10.0)):
+def lr_ratio(
+    variance: torch.Tensor,
+    anchor: torch.Tensor,
+    ratio_range: torch.Tensor | tuple[float, float] = (0.5, 10.0),
+) -> torch.Tensor:
     """r = clip((phi_anchor + 1e-6)/(phi + 1e-6), *ratio_range); the LR factor follows sqrt(r).
 
     Args:
@@ -73,7 +83,12 @@ def lr_ratio(variance, anchor, ratio_range=(0.5, 10.0)):
 
 
 @_elementwise
-def lr_gain(unit_sq, mean_sq, num_units, base_units=1):
+def lr_gain(
+    unit_sq: torch.Tensor,
+    mean_sq: torch.Tensor,
+    num_units: torch.Tensor,
+    base_units: torch.Tensor | float = 1,
+) -> torch.Tensor:
     """AdaScale's gain (Johnson et al. 2020, arXiv 2007.05105), here of a module: the factor on a
     learning rate known at a small batch, E|g|^2 there over E|g|^2 at this one.
 
@@ -88,7 +103,12 @@ def lr_gain(unit_sq, mean_sq, num_units, base_units=1):
 
 
 @_elementwise
-def noise_scale(unit_sq, mean_sq, num_units, unit_batch):
+def noise_scale(
+    unit_sq: torch.Tensor,
+    mean_sq: torch.Tensor,
+    num_units: torch.Tensor,
+    unit_batch: torch.Tensor,
+) -> torch.Tensor:
     """B_simple = tr(Sigma)/|G|^2 in images (McCandlish et al. 2018, appendix A.1), from units of
     `unit_batch` images.
 

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from detectron2.config import CfgNode, instantiate
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, Metadata, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
 from detectron2.utils.visualizer import ColorMode, Visualizer
@@ -29,7 +29,7 @@ from .d2.config import read_config
 SIDE = 480  # pixels of the shorter side of a drawn image, at least
 
 
-def draw_truth(image: np.ndarray, record: dict, metadata) -> np.ndarray:
+def draw_truth(image: np.ndarray, record: dict, metadata: Metadata) -> np.ndarray:
     """`image` (H, W, 3) RGB uint8 with the annotations of a dataset's record."""
     scale = max(1.0, SIDE / min(image.shape[:2]))
     if "annotations" in record:  # of a panoptic set its things, not the mask over all of them
@@ -38,7 +38,9 @@ def draw_truth(image: np.ndarray, record: dict, metadata) -> np.ndarray:
     return visualizer.draw_dataset_dict(record).get_image()
 
 
-def draw_prediction(image: np.ndarray, output: dict, metadata, threshold: float) -> np.ndarray:
+def draw_prediction(
+    image: np.ndarray, output: dict, metadata: Metadata, threshold: float
+) -> np.ndarray:
     """`image` with a model's output: panoptic, semantic or instances of at least `threshold`."""
     scale = max(1.0, SIDE / min(image.shape[:2]))
     visualizer = Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.SEGMENTATION)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 import os
 import pickle
-from typing import Any
+from collections.abc import Callable
+from typing import IO, Any
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -45,7 +46,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         path = os.path.join(self.save_dir, "last_checkpoint")
         self._write(path, lambda f: f.write(last_filename_basename.encode()))
 
-    def _write(self, path: str, write) -> None:
+    def _write(self, path: str, write: Callable[[IO[bytes]], Any]) -> None:
         part = path + ".part"
         try:
             with open(part, "wb") as f:
@@ -99,7 +100,7 @@ class _ArraysUnpickler(pickle.Unpickler):
 
     ALLOWED = {"_reconstruct", "ndarray", "dtype", "scalar"}
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] == "numpy" and name in self.ALLOWED:
             if name in ("ndarray", "dtype"):
                 return getattr(np, name)

@@ -4,23 +4,24 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 import torch
 from detectron2.config import CfgNode as CN
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from ..settings import Settings
-from ..validate import holds, is_int, one_of, require
 from ..solver.build import OPTIMIZERS
 from ..solver.clip import CLIP_TYPES, check_clip_value
+from ..validate import holds, is_int, one_of, require
 from .micro_batches import micro_batches
 
 STOP_OR_SKIP = ("stop", "skip")
 WARMUP_METHODS = ("constant", "linear", "exp")
 
 
-def check_whole(key: str, value, low: int) -> None:
+def check_whole(key: str, value: Any, low: int) -> None:
     """
     Raises:
         ValueError: not a whole number, or below `low`.
@@ -73,8 +74,8 @@ SAMPLERS = (
 
 
 def check_names(cfg: CN) -> None:
-    """What Detectron2 and this package have closed lists of. A project may have more, and build what
-    it names itself: so only where nobody else reads the config.
+    """What Detectron2 and this package have closed lists of. A project may have more, and build
+    what it names itself: so only where nobody else reads the config.
 
     Raises:
         ValueError: names the key, what was found and what it must be.
@@ -148,7 +149,7 @@ def check_amp(key: str, enabled: bool, device: str) -> None:
     )
 
 
-def check_datasets(names) -> None:
+def check_datasets(names: Iterable[str]) -> None:
     """
     Raises:
         ValueError: a name that is not registered.

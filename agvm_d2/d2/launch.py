@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ class Worker(NamedTuple):
     dist_url: str
 
 
-def worker_from_environment(args: Namespace, env: dict[str, str] = os.environ) -> Worker | None:
+def worker_from_environment(args: Namespace, env: Mapping[str, str] = os.environ) -> Worker | None:
     """Fit `args` (Detectron2's flags) to torchrun's or Slurm's environment.
 
     With torchrun, or one Slurm task per worker, `args.num_gpus` and `args.num_machines` become the
@@ -36,12 +36,9 @@ def worker_from_environment(args: Namespace, env: dict[str, str] = os.environ) -
         ValueError: machines with different numbers of workers; --num-gpus against the environment.
     """
     if "LOCAL_WORLD_SIZE" in env and "RANK" in env:  # torchrun
-        return _worker(
-            args,
-            "torchrun",
-            *(int(env[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")),
-            "env://",
-        )
+        keys = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        rank, local_rank, world_size, local_size = (int(env[key]) for key in keys)
+        return _worker(args, "torchrun", rank, local_rank, world_size, local_size, "env://")
     # Set by srun in a job step only: not in the shell of an sbatch script or of salloc.
     tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1))
     if tasks == 1 or "SLURM_PROCID" not in env:
@@ -70,7 +67,15 @@ def worker_from_environment(args: Namespace, env: dict[str, str] = os.environ) -
     )
 
 
-def _worker(args: Namespace, starter: str, rank, local_rank, world_size, local_size, url) -> Worker:
+def _worker(
+    args: Namespace,
+    starter: str,
+    rank: int,
+    local_rank: int,
+    world_size: int,
+    local_size: int,
+    url: str,
+) -> Worker:
     if args.num_gpus not in (1, local_size):
         raise ValueError(
             f"--num-gpus {args.num_gpus}: {starter} has started {local_size} workers on this "
@@ -82,8 +87,9 @@ def _worker(args: Namespace, starter: str, rank, local_rank, world_size, local_s
 
 def first_host(nodelist: str) -> str:
     """The first host of a Slurm node list: "a[03-05,9]b[1-2],c" -> "a03b1"."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist).group()
-    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)
+    assert first is not None  # it also matches nothing
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first.group())
 
 
 def _ended(how: str) -> str:

@@ -17,6 +17,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+from collections.abc import Iterable
+from typing import Any, cast
+import torch
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.data import build_detection_train_loader
 from detectron2.data.samplers import TrainingSampler
@@ -28,8 +31,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..settings import Settings
-from ..validate import one_of
 from ..solver.clip import CLIP_TYPES, clip_gradients, skip_nonfinite_steps
+from ..validate import one_of
 from .checkpoint import AtomicCheckpointer
 from .checks import STOP_OR_SKIP, check_agvm, check_amp, check_device, check_whole
 from .hook import AGVMHook
@@ -43,6 +46,11 @@ CLIP_KEYS = set(inspect.signature(clip_gradients).parameters) - {"optimizer"}
 LOADER_KEYS = {"_target_", "dataset", "mapper", "total_batch_size", "num_workers"}
 LOADER_KEYS |= {"aspect_ratio_grouping"}
 KEYS = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "agvm")
+
+
+def _as_dict(node: DictConfig) -> dict[str, Any]:
+    """`node` and all below it as plain containers."""
+    return cast(dict[str, Any], OmegaConf.to_container(node))
 
 
 def load(path: str, overrides: list[str]) -> DictConfig:
@@ -101,7 +109,7 @@ def check(cfg: DictConfig, num_workers: int) -> None:
                 raise ValueError(
                     f"{key}.{name}: there is no such key; there are {', '.join(sorted(known))}."
                 )
-    check_agvm(OmegaConf.to_container(cfg.agvm), lambda name: f"agvm.{name}")
+    check_agvm(_as_dict(cfg.agvm), lambda name: f"agvm.{name}")
     if cfg.agvm.get("enabled", True) and cfg.agvm.get("start_iter", -1) < 0:
         raise ValueError(
             "agvm.start_iter: a LazyConfig must name the iteration: the end of warm-up, or later."
@@ -153,7 +161,7 @@ def verify(cfg: DictConfig, results: dict) -> None:
 
 def run_options(cfg: DictConfig) -> RunOptions:
     """Those of a LazyConfig."""
-    train, agvm = cfg.train, OmegaConf.to_container(cfg.agvm)
+    train, agvm = cfg.train, _as_dict(cfg.agvm)
     return RunOptions(
         batch_size=cfg.dataloader.train.total_batch_size,
         micro_batch_size=train.get("micro_batch_size", 0),
@@ -163,7 +171,7 @@ def run_options(cfg: DictConfig) -> RunOptions:
     )
 
 
-def train_loader(cfg: DictConfig):
+def train_loader(cfg: DictConfig) -> ResumableLoader | Iterable[list[dict]]:
     """A ResumableLoader where `dataloader.train` allows it, else what is configured there."""
     node = cfg.dataloader.train
     target = locate(node._target_) if isinstance(node._target_, str) else node._target_
@@ -182,8 +190,10 @@ def train_loader(cfg: DictConfig):
     )
 
 
-def agvm_hook(cfg: DictConfig, options: RunOptions, model, optimizer) -> AGVMHook | None:
-    settings = OmegaConf.to_container(cfg.agvm)
+def agvm_hook(
+    cfg: DictConfig, options: RunOptions, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> AGVMHook | None:
+    settings = _as_dict(cfg.agvm)
     if not settings.pop("enabled", True):
         return None
     passes, batch_size = options.micro_batches, options.batch_size

@@ -10,7 +10,8 @@ import functools
 import itertools
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
@@ -83,7 +84,7 @@ def _is_wide(record: dict) -> bool:
 class _Images(Dataset):
     """(place in the stream, index) -> the mapped image."""
 
-    def __init__(self, dicts, mapper: Callable, on_bad_image: str, grouping: bool):
+    def __init__(self, dicts: Sequence[dict], mapper: Callable, on_bad_image: str, grouping: bool):
         self.dicts, self.mapper, self.on_bad_image = dicts, mapper, on_bad_image
         self.grouping = grouping
         self.seed, self.rank = 0, comm.get_rank()
@@ -269,11 +270,11 @@ class IterationSeeder(HookBase):
             )
 
 
-def _as_is(sample: dict) -> dict:
+def _as_is(sample: Any) -> Any:
     return sample
 
 
-def _in_batches(images, size: int) -> Iterator[list[dict]]:
+def _in_batches(images: Iterable[dict], size: int) -> Iterator[list[dict]]:
     images = iter(images)
     while True:
         yield list(itertools.islice(images, size))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 import contextlib
 import time
+from collections.abc import Iterable
+from typing import Any, cast
 import torch
 from detectron2.config import CfgNode as CN
 from detectron2.engine import AMPTrainer, SimpleTrainer
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..modules import unwrap
@@ -52,6 +55,10 @@ def micro_batches(cfg: CN, num_workers: int) -> int:
     return split_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MICRO_BATCH_SIZE, num_workers)
 
 
+def _sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return cast(torch.Tensor, sum(tensors))  # 0 only where there is none
+
+
 class MicroBatchTrainer(SimpleTrainer):
     """SimpleTrainer (AMPTrainer, with a GradScaler) that cuts each batch into micro-batches.
 
@@ -61,9 +68,9 @@ class MicroBatchTrainer(SimpleTrainer):
 
     def __init__(
         self,
-        model,
-        data_loader,
-        optimizer,
+        model: nn.Module,
+        data_loader: Iterable[list[dict]],
+        optimizer: torch.optim.Optimizer,
         micro_batch_size: int,
         grad_scaler: torch.amp.GradScaler | None = None,
         precision: torch.dtype | None = None,
@@ -101,7 +108,7 @@ class MicroBatchTrainer(SimpleTrainer):
             last = i == len(pieces) - 1
             with self.model.no_sync() if ddp and not last else contextlib.nullcontext():
                 losses = self._losses(piece)
-                loss = sum(losses.values()) * weight
+                loss = _sum(losses.values()) * weight
                 (self.grad_scaler.scale(loss) if self.grad_scaler else loss).backward()
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach() * weight
@@ -115,7 +122,7 @@ class MicroBatchTrainer(SimpleTrainer):
         else:
             self.optimizer.step()
 
-    def _losses(self, piece) -> dict[str, torch.Tensor]:
+    def _losses(self, piece: list[dict]) -> dict[str, torch.Tensor]:
         try:
             losses = self._forward(piece)
         except FloatingPointError:  # Detectron2's RPN, at NaN or inf
@@ -125,12 +132,12 @@ class MicroBatchTrainer(SimpleTrainer):
         self._names = list(losses)
         return losses
 
-    def _nan_losses(self, piece) -> dict[str, torch.Tensor]:
+    def _nan_losses(self, piece: list[dict]) -> dict[str, torch.Tensor]:
         """Through the model, so that DDP's other workers, too, get a gradient and skip the step."""
         model = unwrap(self.model)
 
-        def forward(_) -> dict[str, torch.Tensor]:
-            nan = sum(p.sum() for p in model.parameters() if p.requires_grad) * torch.nan
+        def forward(_: Any) -> dict[str, torch.Tensor]:
+            nan = _sum(p.sum() for p in model.parameters() if p.requires_grad) * torch.nan
             return dict.fromkeys(self._names, nan)
 
         model.forward = forward
@@ -139,7 +146,7 @@ class MicroBatchTrainer(SimpleTrainer):
         finally:
             del model.forward
 
-    def _forward(self, piece) -> dict[str, torch.Tensor]:
+    def _forward(self, piece: list[dict]) -> dict[str, torch.Tensor]:
         if self.precision is None:
             losses = self.model(piece)
         else:
@@ -148,7 +155,7 @@ class MicroBatchTrainer(SimpleTrainer):
                 losses = self.model(piece)
         return {"total_loss": losses} if isinstance(losses, torch.Tensor) else losses
 
-    def _write_metrics(self, *args, **kwargs) -> None:
+    def _write_metrics(self, *args: Any, **kwargs: Any) -> None:
         try:
             super()._write_metrics(*args, **kwargs)
         except (FloatingPointError, KeyError):  # on the main process, when all losses are there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 import dataclasses
+from collections.abc import Iterable
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
@@ -50,7 +51,7 @@ class RunOptions:
         share = self.batch_size // comm.get_world_size()
         return in_micro_batches(trainer, share // passes, self.skip_nonfinite)
 
-    def iteration_seeder(self, loader) -> IterationSeeder:
+    def iteration_seeder(self, loader: Iterable[list[dict]]) -> IterationSeeder:
         """The hook that makes a resumed run go on with the images and random numbers it had."""
         if isinstance(loader, ResumableLoader):
             return IterationSeeder(loader)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, TrainerBase, defaults, hooks
+from detectron2.engine import (
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    TrainerBase,
+    defaults,
+    hooks,
+)
 from detectron2.evaluation import (
     COCOEvaluator,
     COCOPanopticEvaluator,
+    DatasetEvaluator,
     DatasetEvaluators,
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
@@ -30,7 +39,7 @@ from .run import RunOptions
 d2_create_ddp_model = defaults.create_ddp_model
 
 
-def create_ddp_model(model: torch.nn.Module, **kwargs) -> torch.nn.Module:
+def create_ddp_model(model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
     """Detectron2's, for a CPU too: it gives DDP device_ids, which DDP refuses for such a model."""
     if next(model.parameters()).device.type == "cpu":
         kwargs["device_ids"] = None
@@ -38,7 +47,7 @@ def create_ddp_model(model: torch.nn.Module, **kwargs) -> torch.nn.Module:
 
 
 @contextlib.contextmanager
-def _patched(name: str, function: Callable):
+def _patched(name: str, function: Callable) -> Iterator[None]:
     """DefaultTrainer calls `function` where it calls Detectron2's of this name: what a project
     overrides is kept, and what it leaves to Detectron2, also through super(), is this package's."""
     before = getattr(defaults, name)
@@ -60,14 +69,23 @@ def run_options(cfg: CfgNode) -> RunOptions:
     )
 
 
-class AGVMTrainerMixin:
+if TYPE_CHECKING:  # what the mixin is mixed into
+    from detectron2.engine import DefaultTrainer as _Trainer
+else:
+    _Trainer = object
+
+
+class AGVMTrainerMixin(_Trainer):
     """Makes a DefaultTrainer an AGVM one: `class Trainer(AGVMTrainerMixin, TheirTrainer): pass`.
 
     The project's own optimizer, scheduler, model and hooks are kept; Detectron2's stock optimizer
     and scheduler give way to this package's, which know the keys of `add_agvm_config`.
     """
 
-    def __init__(self, cfg):
+    _trainer: SimpleTrainer
+    checkpointer: DetectionCheckpointer
+
+    def __init__(self, cfg: CfgNode):
         """
         Raises:
             ValueError: a bad config value, named by its key.
@@ -81,7 +99,7 @@ class AGVMTrainerMixin:
         self._trainer = run_options(self.cfg).prepare_trainer(self._trainer)
 
     @staticmethod
-    def auto_scale_workers(cfg, num_workers: int):
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
         """Detectron2's SOLVER.REFERENCE_WORLD_SIZE, also for this package's iterations.
 
         AGVM.INTERVAL stays: it says how often to measure, whatever the batch, as in the paper.
@@ -102,18 +120,20 @@ class AGVMTrainerMixin:
         return cfg
 
     @classmethod
-    def build_optimizer(cls, cfg, model):
+    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
         with _patched("build_optimizer", unsplit_optimizer):
             optimizer = super().build_optimizer(cfg, model)
         return run_options(cfg).prepare_optimizer(optimizer, model)
 
     @classmethod
-    def build_lr_scheduler(cls, cfg, optimizer):
+    def build_lr_scheduler(
+        cls, cfg: CfgNode, optimizer: torch.optim.Optimizer
+    ) -> torch.optim.lr_scheduler.LRScheduler:
         with _patched("build_lr_scheduler", build_lr_scheduler):
             return super().build_lr_scheduler(cfg, optimizer)
 
     @classmethod
-    def build_train_loader(cls, cfg):
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
         with _patched("build_detection_train_loader", build_train_loader):
             return super().build_train_loader(cfg)
 
@@ -126,7 +146,7 @@ class AGVMTrainerMixin:
                 "use agvm_d2.trainer.MicroBatchTrainer in the project."
             )
 
-    def build_hooks(self):
+    def build_hooks(self) -> list[HookBase | None]:
         if type(self.checkpointer) is DetectionCheckpointer:
             stock = self.checkpointer
             self.checkpointer = AtomicCheckpointer(
@@ -142,7 +162,7 @@ class AGVMTrainerMixin:
             place = [i for i, h in enumerate(built) if isinstance(h, hooks.LRScheduler)]
             hook = AGVMHook(self.cfg, self.model, self.optimizer)
             built.insert(place[0] + 1 if place else 0, hook)
-            # A project's own checkpointer may hold the optimizer and not the trainer with its hooks.
+            # A project's own checkpointer may hold the optimizer, not the trainer with its hooks.
             saved = self.checkpointer.checkpointables
             if not any(isinstance(part, TrainerBase) for part in saved.values()):
                 self.checkpointer.add_checkpointable("agvm", hook)
@@ -162,11 +182,13 @@ class AGVMTrainer(AGVMTrainerMixin, DefaultTrainer):
     """DefaultTrainer with AGVM, micro-batches, DDP on CPU and GPU, and Detectron2's evaluators."""
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name: str, output_folder: str | None = None):
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
         """Detectron2's evaluator(s) for the dataset's `evaluator_type`."""
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         kind = MetadataCatalog.get(dataset_name).evaluator_type
-        evaluators = []
+        evaluators: list[DatasetEvaluator] = []
         if kind in ("sem_seg", "coco_panoptic_seg"):
             evaluators.append(SemSegEvaluator(dataset_name, output_dir=folder))
         if kind in ("coco", "coco_panoptic_seg"):

@@ -16,6 +16,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
+from typing import Any
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, load_sem_seg
@@ -50,14 +52,14 @@ def register() -> None:
         def path(kind: str, split: str = split) -> str:
             return os.path.join(root(), kind.format(split))
 
-        instances = {
+        instances: dict[str, Any] = {
             "json_file": path("annotations/instances_{}.json"),
             "image_root": path("{}"),
             "thing_classes": CLASSES,
             "thing_colors": COLORS,
             "thing_dataset_id_to_contiguous_id": things,
         }
-        forms = {
+        forms: dict[str, dict[str, Any]] = {
             "": {"evaluator_type": "coco", **instances},
             "_sem_seg": {
                 "evaluator_type": "sem_seg",
@@ -150,7 +152,9 @@ def _make_split(folder: str, split: str, num_images: int) -> None:
     for kind in ("{}", "sem_seg_{}", "panoptic_stuff_{}", "panoptic_{}"):
         os.makedirs(os.path.join(folder, kind.format(split)))
     os.makedirs(os.path.join(folder, "annotations"), exist_ok=True)
-    images, annotations, panoptic = [], [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
+    panoptic: list[dict] = []
     for image_id in range(1, num_images + 1):
         picture, ground, digits_in_it = _draw(rng, photos, samples)
         file_name = f"{image_id:06d}.png"
@@ -172,8 +176,8 @@ def _make_split(folder: str, split: str, num_images: int) -> None:
         save("panoptic_stuff_{}", stuff)
         # COCO's panoptic PNG: the id of a segment, 0 being void, is R + 256 G + 256^2 B.
         save("panoptic_{}", np.stack([segment + 1, 0 * segment, 0 * segment], 2))
-        for i, info in enumerate(segments):
-            info.update(id=i + 1, iscrowd=0, area=int((segment == i).sum()))
+        for i, entry in enumerate(segments):
+            entry.update(id=i + 1, iscrowd=0, area=int((segment == i).sum()))
         panoptic.append({"image_id": image_id, "file_name": file_name, "segments_info": segments})
         images.append({"id": image_id, "file_name": file_name, "width": SIZE, "height": SIZE})
         for label, mask in digits_in_it:
@@ -198,7 +202,11 @@ def _make_split(folder: str, split: str, num_images: int) -> None:
             f.write(json.dumps(content))
 
 
-def _draw(rng: np.random.Generator, photos, samples) -> tuple[np.ndarray, int, list]:
+def _draw(
+    rng: np.random.Generator,
+    photos: Sequence[np.ndarray],
+    samples: Sequence[tuple[np.ndarray, int]],
+) -> tuple[np.ndarray, int, list[tuple[int, np.ndarray]]]:
     """One picture (SIZE, SIZE, 3) uint8, which photograph it is on, and its digits [(label, visible
     mask)]."""
     which = int(rng.integers(len(photos)))
@@ -206,8 +214,8 @@ def _draw(rng: np.random.Generator, photos, samples) -> tuple[np.ndarray, int, l
     crop = int(rng.integers(SIZE // 2, min(photo.shape[:2]) + 1))
     y, x = (int(rng.integers(0, length - crop + 1)) for length in photo.shape[:2])
     ground = Image.fromarray(photo[y : y + crop, x : x + crop])
-    picture = np.asarray(ground.resize((SIZE, SIZE), Image.Resampling.BILINEAR), dtype=np.float32)
-    picture = picture * rng.uniform(0.5, 1.0)
+    pixels = np.asarray(ground.resize((SIZE, SIZE), Image.Resampling.BILINEAR), dtype=np.float32)
+    picture: np.ndarray = pixels * rng.uniform(0.5, 1.0)
 
     found: list[tuple[int, np.ndarray]] = []
     areas: list[int] = []

@@ -22,7 +22,11 @@ def _pytorch_optimizer(name: str) -> type[torch.optim.Optimizer]:
             f"SOLVER.OPTIMIZER: '{name}' is in the package pytorch-optimizer, which is not "
             "installed: pip install 'pytorch-optimizer>=3.1'."
         ) from None
-    return {"LARS": pytorch_optimizer.LARS, "LAMB": pytorch_optimizer.Lamb}[name]
+    found: dict[str, type[torch.optim.Optimizer]] = {
+        "LARS": pytorch_optimizer.LARS,
+        "LAMB": pytorch_optimizer.Lamb,
+    }
+    return found[name]
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

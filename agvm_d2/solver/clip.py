@@ -3,6 +3,8 @@
 from __future__ import annotations
 import logging
 import math
+import weakref
+from typing import Any
 import torch
 from detectron2.utils.events import get_event_storage
 from torch import nn
@@ -14,6 +16,8 @@ from ..validate import is_number, one_of, require
 logger = logging.getLogger("detectron2.agvm_d2")
 
 CLIP_TYPES = ("value", "norm", "full_model")
+
+_SKIPPING: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # those that do so already
 
 
 def check_clip_value(key: str, value: float) -> None:
@@ -45,7 +49,7 @@ def clip_gradients(
     # The order now, so that a norm has the same bits whether groups are split later or not.
     params = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def clip_now(*_) -> None:
+    def clip_now(*_: Any) -> None:
         unscale(optimizer)
         if iter_range and not iter_range[0] <= get_event_storage().iter < iter_range[1]:
             return
@@ -72,7 +76,7 @@ def unscale(optimizer: torch.optim.Optimizer) -> None:
             for param in group["params"]:
                 if param.grad is not None:
                     param.grad.div_(scale.to(param.grad.device))
-        optimizer.grad_scale = None
+        optimizer.grad_scale = None  # type: ignore[attr-defined]  # set by the GradScaler
 
 
 @torch.no_grad()
@@ -86,14 +90,14 @@ def skip_nonfinite_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
     DDP's workers hold the same averaged gradient, so all of them decide alike. The buffers of
     `model`, such as BatchNorm's statistics, go back to what they were after the last step taken.
     """
-    if getattr(optimizer, "skips_nonfinite", False):
+    if optimizer in _SKIPPING:
         return
-    optimizer.skips_nonfinite = True
+    _SKIPPING.add(optimizer)
     skipped = 0
     good = [buffer.clone() for buffer in model.buffers()]
 
     @torch.no_grad()
-    def skip_if_nonfinite(*_) -> None:
+    def skip_if_nonfinite(*_: Any) -> None:
         nonlocal skipped
         unscale(optimizer)
         params = [p for group in optimizer.param_groups for p in group["params"]]
