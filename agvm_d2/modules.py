@@ -11,9 +11,9 @@ ModulePatterns = Sequence[tuple[str, str]]
 # (module, regex matched at the start of the parameter's name). Detectron2 keeps the FPN inside
 # `model.backbone`; C4 models keep res5 of the backbone inside `roi_heads`.
 DEFAULT_PATTERNS: ModulePatterns = (
-    ("backbone", r"backbone\.(?!fpn_|top_block\.|simfp_)|roi_heads\.res5\."),
+    ("backbone", r"backbone\.(?!fpn[_.]|top_block\.|simfp_)|roi_heads\.res5\."),
     ("fpn", r"backbone\."),
-    ("rpn", r"proposal_generator\."),
+    ("rpn", r"(proposal_generator|rpn)\."),  # torchvision calls it rpn
     ("mask_head", r"roi_heads\.mask_"),
     ("keypoint_head", r"roi_heads\.keypoint_"),
     ("box_head", r"roi_heads\."),

@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 import pytest
+import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
@@ -99,3 +102,27 @@ def test_an_architecture_of_its_own(digits, tmp_path):
     cfg = config(tmp_path / "children")
     exec(source, {"cfg": cfg})
     assert factors(tmp_path / "children") == {"encoder", "decoder", "fusion"}
+
+
+def test_a_plain_pytorch_project(tmp_path):
+    """In a process of its own, in which Detectron2 is not imported."""
+    source = code("A plain PyTorch project").replace("start_iter=1000", "start_iter=1")
+    check = (
+        "import sys; assert not {m.split('.')[0] for m in sys.modules} & {'detectron2', 'fvcore'}"
+    )
+    path = tmp_path / "model.pth"
+    script = tmp_path / "project.py"
+    script.write_text(
+        f"import torch; torch.set_num_threads(1)\npath = {str(path)!r}\n{source}\n{check}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ROOT},
+    )
+    assert done.returncode == 0, done.stderr
+    state = torch.load(path, weights_only=True)["agvm"]
+    assert state["modules"] == ["backbone", "fpn", "rpn", "box_head"] and state["num_units"] == 4
+    assert state["factors"][0] == 1 and all(factor != 1 for factor in state["factors"][1:])
+    assert done.stdout.startswith("1 {'agvm/variance/backbone'")
