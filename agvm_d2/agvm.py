@@ -13,7 +13,7 @@ from .modulator import Modulator
 from .modules import assign_modules, uncompiled
 from .moments import BucketTap, CommHook, GradientTap, TensorTap
 from .norms import Modules
-from .param_groups import module_of_groups
+from .param_groups import module_of_groups, require_hooks
 from .precondition import Precondition, preconditioner
 from .rules import RULES
 from .settings import Settings
@@ -47,6 +47,7 @@ class AGVM:
             (None, default_hooks.fp16_compress_hook); DDP takes only one, so give it here.
 
     Raises:
+        TypeError: an optimizer without hooks.
         ValueError: a bad module pattern or anchor, a group of several modules, a bad setting, a
             gain without `batch_size`.
     """
@@ -61,6 +62,7 @@ class AGVM:
         batch_size: int | None = None,
         comm_hook: CommHook | None = None,
     ):
+        require_hooks(optimizer)
         self.settings = settings = (settings or Settings()).check()
         self.model, self.optimizer = model, optimizer
         self.micro_batches, self.batch_size = micro_batches, batch_size

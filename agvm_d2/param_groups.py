@@ -12,6 +12,21 @@ from .modules import ModulePatterns, assign_modules, named_parameters, patterns_
 HYPERPARAMETERS = ("momentum", "betas", "trust_coefficient", "grad_averaging")
 
 
+def require_hooks(optimizer: torch.optim.Optimizer) -> None:
+    """
+    Raises:
+        TypeError: a wrapper that does not call Optimizer.__init__, and so has none.
+    """
+    try:
+        optimizer.register_step_pre_hook(lambda *_: None).remove()
+        optimizer.register_load_state_dict_pre_hook(lambda *_: None).remove()
+    except AttributeError:
+        raise TypeError(
+            f"The optimizer {type(optimizer).__name__} has no hooks of its own: a wrapper that does not "
+            "call Optimizer.__init__. Give agvm_d2 the optimizer inside it, then wrap that."
+        ) from None
+
+
 def split_param_groups(
     optimizer: torch.optim.Optimizer, model: nn.Module, modules: ModulePatterns = ()
 ) -> torch.optim.Optimizer:
@@ -32,9 +47,11 @@ def split_param_groups(
         The same optimizer.
 
     Raises:
+        TypeError: a wrapper without hooks.
         ValueError: a scheduler is built already; a parameter that is not in the model; see also
             `assign_modules`.
     """
+    require_hooks(optimizer)
     fit_loaded_state(optimizer)
     assign_modules(model, modules)  # its errors
     patterns = modules or patterns_for(model)

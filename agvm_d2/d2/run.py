@@ -9,7 +9,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..modules import ModulePatterns
-from ..solver.build import prepare_optimizer
+from ..solver.build import prepare
 from .loader import IterationSeeder, ResumableLoader, shared_seed
 from .micro_batches import in_micro_batches, split_batch
 
@@ -37,7 +37,7 @@ class RunOptions:
     def prepare_optimizer(
         self, optimizer: torch.optim.Optimizer, model: nn.Module
     ) -> torch.optim.Optimizer:
-        return prepare_optimizer(optimizer, model, self.skip_nonfinite, self.modules)
+        return prepare(optimizer, model, self.skip_nonfinite, self.modules)
 
     def prepare_trainer(self, trainer: SimpleTrainer) -> SimpleTrainer:
         """The trainer, or a MicroBatchTrainer in its place where these options need one.

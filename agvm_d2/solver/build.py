@@ -7,7 +7,7 @@ from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
 
 from ..modules import ModulePatterns
-from ..param_groups import fit_loaded_state, split_param_groups
+from ..param_groups import fit_loaded_state, require_hooks, split_param_groups
 from ..validate import one_of
 from .clip import clip_gradients, skip_nonfinite_steps
 
@@ -36,11 +36,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     Raises:
         ValueError: see `assign_modules`; an unknown SOLVER.OPTIMIZER, or one not installed.
     """
-    solver, agvm = cfg.SOLVER, cfg.AGVM
-    skip = solver.ON_NONFINITE == "skip"
-    return prepare_optimizer(
-        unsplit_optimizer(cfg, model), model, skip, agvm.MODULES if agvm.ENABLED else None
-    )
+    return prepare_optimizer(cfg, unsplit_optimizer(cfg, model), model)
 
 
 def unsplit_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -72,17 +68,31 @@ def unsplit_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def prepare_optimizer(
+    cfg: CfgNode, optimizer: torch.optim.Optimizer, model: nn.Module
+) -> torch.optim.Optimizer:
+    """What this package asks of a project's own optimizer, before its LR scheduler is built.
+
+    Raises:
+        TypeError: a wrapper without hooks.
+        ValueError: see `split_param_groups`.
+    """
+    skip = cfg.SOLVER.ON_NONFINITE == "skip"
+    return prepare(optimizer, model, skip, cfg.AGVM.MODULES if cfg.AGVM.ENABLED else None)
+
+
+def prepare(
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
     skip_nonfinite: bool,
     modules: ModulePatterns | None,
 ) -> torch.optim.Optimizer:
-    """What this package asks of any new optimizer.
+    """`prepare_optimizer` without a config.
 
     Args:
         skip_nonfinite: see `skip_nonfinite_steps`.
         modules: split the groups by these patterns, see `assign_modules`; None: leave them.
     """
+    require_hooks(optimizer)
     if skip_nonfinite:
         skip_nonfinite_steps(optimizer, model)
     if modules is not None:

@@ -1,0 +1,346 @@
+"""AGVM in loops of projects' own: accumulation over iterations, closures, checkpointing."""
+
+from __future__ import annotations
+import logging
+import pytest
+import reference
+import torch
+from torch.utils.checkpoint import checkpoint
+from toy import MODULES, ToyDetector, batch, loss, parameter_names
+
+from agvm_d2 import AGVM, Settings, split_param_groups
+from agvm_d2.modules import assign_modules
+from agvm_d2.moments import TensorTap
+from agvm_d2.precondition import preconditioner
+from agvm_d2.solver import clip_gradients, skip_nonfinite_steps
+
+HALVES = 2  # micro-batches of an iteration
+
+
+def make(model, optimizer=None, **settings):
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=1e-6)  # weights all but stay
+    split_param_groups(optimizer, model)
+    settings = {"interval": 1, "start_iter": 0, "momentum": 0.5, **settings}
+    return AGVM(model, optimizer, Settings(**settings), micro_batches=HALVES), optimizer
+
+
+def units(iteration):
+    return [batch(4, seed=10 * iteration + k) for k in range(HALVES)]
+
+
+def backward(agvm, iteration):
+    for unit in units(iteration):
+        (loss(agvm.model, unit) / HALVES).backward()
+        agvm.micro_batch_done(1 / HALVES)
+    agvm.backward_done()
+
+
+def variances(model, iteration):
+    gradients = reference.unit_gradients(model, loss, units(iteration))
+    vectors = [reference.flatten(gradients, n) for n in parameter_names(model).values()]
+    return [reference.pairwise_variance(v) for v in vectors]
+
+
+def warnings_in(caplog):
+    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+
+@pytest.fixture
+def log(caplog):
+    logger = logging.getLogger("detectron2")
+    before, logger.propagate = logger.propagate, True
+    yield caplog
+    logger.propagate = before
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_accumulation_over_iterations_measures_gradients_that_stand_alone(every, log):
+    """Zeroed and stepped every k-th time: the gradients between are sums of old and new."""
+    model = ToyDetector()
+    agvm, optimizer = make(model)
+    measured = {}
+    for i in range(7):
+        agvm.begin(i)
+        if i % every == 0:
+            optimizer.zero_grad()
+        backward(agvm, i)
+        if i % every == every - 1:
+            optimizer.step()
+        agvm.end()
+        if agvm.measured:
+            measured[i] = agvm.modulator.variance.tolist()
+    assert list(measured) == list(range(0, 7, every))
+    for i, found in measured.items():
+        assert found == pytest.approx(variances(model, i), rel=1e-3)
+    assert len(warnings_in(log)) == 1 and "accumulates gradients" in warnings_in(log)[0]
+
+
+def test_a_due_measurement_waits_for_an_iteration_that_can_be_measured(log):
+    """Due at 5, 15, 25; zeroed at 0, 4, 8 ...: measured at 8, 16, 28."""
+    model = ToyDetector()
+    agvm, optimizer = make(model, start_iter=5, interval=10)
+    measured = []
+    for i in range(30):
+        agvm.begin(i)
+        if i % 4 == 0:
+            optimizer.zero_grad()
+        backward(agvm, i)
+        if i % 4 == 3:
+            optimizer.step()
+        agvm.end()
+        measured += [i] * agvm.measured
+    assert measured == [8, 16, 28]
+
+
+def test_gradients_set_to_zero_instead_of_none_are_no_accumulation(log):
+    agvm, optimizer = make(ToyDetector())
+    for i in range(3):
+        agvm.begin(i)
+        optimizer.zero_grad(set_to_none=False)
+        backward(agvm, i)
+        optimizer.step()
+        agvm.end()
+        assert agvm.measured
+    assert not warnings_in(log)
+
+
+def test_a_step_with_a_closure_measures_the_backward_pass_inside_it():
+    model, plain = ToyDetector(), ToyDetector()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    agvm, _ = make(model, optimizer, momentum=0.0, ratio_range=(0.01, 100.0))
+    agvm.begin(0)
+
+    def closure():
+        optimizer.zero_grad()
+        backward(agvm, 0)
+        return torch.tensor(3.0)
+
+    assert optimizer.step(closure) == 3.0  # the closure's value comes through
+    assert agvm.measured
+    expected = variances(plain, 0)
+    assert agvm.modulator.variance.tolist() == pytest.approx(expected, rel=1e-4)
+    for unit in units(0):
+        (loss(plain, unit) / HALVES).backward()
+    factors = agvm.modulator.factors.tolist()
+    assert len(set(factors)) == len(MODULES)
+    new = dict(model.named_parameters())
+    for names, factor in zip(parameter_names(plain).values(), factors, strict=True):
+        for name in names:
+            p = plain.get_parameter(name)
+            torch.testing.assert_close(new[name], p - 0.1 * factor * p.grad)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.1] * len(MODULES)
+
+
+class Levels(torch.nn.Module):
+    """A head shared by three levels, with activation checkpointing."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone, self.head = torch.nn.Linear(6, 8), torch.nn.Linear(8, 1)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        levels = [self.backbone(x).tanh() * (i + 1) for i in range(3)]
+        outs = [checkpoint(self.head, level, use_reentrant=self.reentrant) for level in levels]
+        return sum(out.square().mean() for out in outs)
+
+
+def test_reentrant_checkpointing_of_a_shared_head_gives_the_whole_passes_moments():
+    """A parameter's hook fires once per use; S1 is that of the sum. Twice, since from then on the
+    tap knows which parameters do."""
+    found = {}
+    for reentrant in (False, True):
+        model = Levels(reentrant)
+        tap = TensorTap(assign_modules(model))
+        for seed in (1, 2):
+            model.zero_grad()
+            tap.start()
+            torch.manual_seed(seed)
+            for weight in (0.5, 0.25, 0.25):
+                (model(torch.randn(4, 6)) * weight).backward()
+                tap.unit_done(weight)
+            tap.average_done()
+            moments = tap.collect()
+            found[reentrant, seed] = torch.stack([moments.unit_sq, moments.mean_sq])
+    for seed in (1, 2):
+        torch.testing.assert_close(found[True, seed], found[False, seed])
+
+
+def test_a_use_that_comes_only_later_is_not_measured_wrongly():
+    """The first unit uses the head once, the second twice: its first gradient is lost, so S1 of
+    that measurement is unknown. The next one is right."""
+    model = Levels(True)
+    tap = TensorTap(assign_modules(model))
+
+    def measure(uses):
+        model.zero_grad()
+        tap.start()
+        for count in uses:
+            level = model.backbone(torch.ones(2, 6)).tanh()
+            outs = [
+                checkpoint(model.head, level * (i + 1), use_reentrant=True) for i in range(count)
+            ]
+            (sum(out.square().mean() for out in outs) / 2).backward()
+            tap.unit_done(0.5)
+        tap.average_done()
+        return tap.collect()
+
+    first = measure([1, 2])
+    assert first.unit_sq[0].isfinite() and first.unit_sq[1].isnan() and first.variance[1].isnan()
+    assert measure([1, 2]).unit_sq.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "clip_type, value", [("full_model", 0.01), ("norm", 0.01), ("value", 1e-3)]
+)
+def test_fused_optimizers_are_clipped_after_unscaling(clip_type, value):
+    """A GradScaler leaves the unscaling to a fused optimizer's step, after its pre-hooks."""
+    steps = []
+    for fused in (False, True):
+        model = ToyDetector()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=fused)
+        skip_nonfinite_steps(optimizer, model)
+        clip_gradients(optimizer, clip_type, value)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        scaler.scale(loss(model, batch(4))).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        steps.append(torch.cat([p.detach().flatten() for p in model.parameters()]) - before)
+    torch.testing.assert_close(steps[1], steps[0])
+    if clip_type == "full_model":
+        assert float(steps[1].norm()) == pytest.approx(value, rel=1e-3)
+
+
+def test_a_loop_that_cannot_be_measured_fails_in_its_first_iteration():
+    agvm, optimizer = make(ToyDetector(), start_iter=1000)
+    agvm.begin(0)
+    for unit in units(0):
+        loss(agvm.model, unit).backward()
+        agvm.micro_batch_done(0.5)
+    with pytest.raises(RuntimeError, match=r"did not see the averaged gradient.*backward_done"):
+        optimizer.step()
+
+
+def test_a_loop_without_the_micro_batches_it_was_set_up_for_fails_in_its_first_iteration():
+    agvm, optimizer = make(ToyDetector(), start_iter=1000)
+    agvm.begin(0)
+    loss(agvm.model, batch(4)).backward()
+    agvm.backward_done()
+    with pytest.raises(RuntimeError, match="set up for 2 micro-batches, .*MICRO_BATCH_SIZE"):
+        optimizer.step()
+
+
+def test_the_first_iteration_is_tried_and_thrown_away():
+    model, plain = ToyDetector(), ToyDetector()
+    agvm, optimizer = make(model, start_iter=2)
+    for i in range(2):
+        agvm.begin(i)
+        optimizer.zero_grad()
+        backward(agvm, i)
+        optimizer.step()
+        agvm.end()
+        assert not agvm.measured and agvm.modulator.num_units == 0
+    plain_optimizer = torch.optim.SGD(plain.parameters(), lr=1e-6)
+    for i in range(2):
+        plain_optimizer.zero_grad()
+        for unit in units(i):
+            (loss(plain, unit) / HALVES).backward()
+        plain_optimizer.step()
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_parameters_unfrozen_while_training_are_measured():
+    model = ToyDetector()
+    for p in model.backbone.bottom_up[0].parameters():
+        p.requires_grad_(False)
+    agvm, optimizer = make(model)
+    for i in range(2):
+        if i == 1:
+            for p in model.backbone.bottom_up[0].parameters():
+                p.requires_grad_(True)
+        agvm.begin(i)
+        optimizer.zero_grad()
+        backward(agvm, i)
+        optimizer.step()
+        agvm.end()
+        gradients = reference.unit_gradients(model, loss, units(i))
+        names = [n for n in gradients[0] if n.startswith("backbone.bottom_up")]
+        assert len(names) == (4 if i else 2)
+        wanted = reference.moments(reference.flatten(gradients, names))
+        assert agvm.modulator.last.unit_sq[0] == pytest.approx(wanted[0], rel=1e-3)
+
+
+def test_a_module_unfrozen_while_training_is_refused():
+    model = ToyDetector()
+    for p in model.roi_heads.parameters():
+        p.requires_grad_(False)
+    agvm, _ = make(model)
+    for p in model.roi_heads.parameters():
+        p.requires_grad_(True)
+    with pytest.raises(
+        ValueError, match="set up for the modules backbone, fpn, rpn, but .*box_head"
+    ):
+        agvm.begin(0)
+
+
+def test_a_wrapper_without_hooks_is_named():
+    """Lookahead and others do not call Optimizer.__init__."""
+    import pytorch_optimizer
+
+    model = ToyDetector()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapper = pytorch_optimizer.Lookahead(inner)
+    with pytest.raises(TypeError, match="Lookahead has no hooks.*inside it"):
+        split_param_groups(wrapper, model)
+    with pytest.raises(TypeError, match="Lookahead has no hooks"):
+        AGVM(model, wrapper, micro_batches=2)
+    # The way out that the message names.
+    split_param_groups(inner, model)
+    agvm = AGVM(model, inner, Settings(interval=1, momentum=0.0), micro_batches=2)
+    wrapper = pytorch_optimizer.Lookahead(inner)
+    agvm.begin(0)
+    backward(agvm, 0)
+    wrapper.step()
+    assert agvm.measured and agvm.modulator.factors[1:].ne(1).all()
+
+
+def test_names_inside_wrappers_are_the_models_own():
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    plain = {k: len(v) for k, v in assign_modules(ToyDetector()).items()}
+    model = ToyDetector()
+    model.backbone.fpn_lateral2 = checkpoint_wrapper(model.backbone.fpn_lateral2)
+    model.backbone.bottom_up = checkpoint_wrapper(model.backbone.bottom_up)
+    model.roi_heads = torch.compile(model.roi_heads)
+    assert {k: len(v) for k, v in assign_modules(model).items()} == plain
+    assert {k: len(v) for k, v in assign_modules(torch.compile(model)).items()} == plain
+
+
+def test_adams_elements_without_a_second_moment_do_not_count():
+    """A rare class's first sample: its row of the predictor, divided by eps alone, would be 1e8
+    times as long as all others together."""
+    weight = torch.nn.Parameter(torch.zeros(2, 3))
+    optimizer = torch.optim.AdamW([weight], lr=0.0, eps=1e-8)
+    weight.grad = torch.tensor([[1.0, -2.0, 4.0], [0.0, 0.0, 0.0]])
+    optimizer.step()
+    found = preconditioner(optimizer)(weight, torch.tensor([[1.0, 2.0, 0.0], [5.0, 0.0, 7.0]]))
+    root = 0.001**0.5  # v = (1 - beta2) g^2
+    wanted = torch.tensor([[1 / root, 1 / root, 0.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_one_huge_gradient_or_a_change_of_scale_does_not_rule_the_noise_scale(scale):
+    """S1 = 2, S2 = 1 of K = 4: tr Sigma = 4/3, |G|^2 = 2/3 and B = 2 units, whatever the scale."""
+    from agvm_d2.modulator import Modulator
+    from agvm_d2.moments import pairwise_moments
+
+    one = torch.ones(1, dtype=torch.float64)
+    modulator = Modulator(["head"], lambda moments: one, momentum=0.9)
+    for k in range(20):
+        factor = scale if k in (3, 4) or k > 10 else 1.0
+        modulator.update(pairwise_moments(2 * one * factor, one * factor, 4))
+    assert modulator.noise_scale(64) == pytest.approx({"head": 32.0, "model": 32.0})
