@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .modulator import Modulator
-from .modules import assign_modules
-from .moments import BucketTap, CommHook, GradientTap, ParameterTap, Precondition, adam_precondition
+from .modules import assign_modules, uncompiled
+from .moments import BucketTap, CommHook, GradientTap, TensorTap
 from .norms import Modules
 from .param_groups import module_of_groups
+from .precondition import Precondition, preconditioner
 from .rules import RULES
 from .settings import Settings
 
@@ -81,6 +82,8 @@ class AGVM:
         self._group_module = module_of_groups(optimizer, self.modules)
         self._handles: list[Any] = []
         self._iteration = self._depth = 0
+        self._wanted = self._warned = False  # a measurement; a warning has been given
+        self._rehearsal = True
         self._saved_lrs: list[Any] | None = None
 
     def attach(self) -> bool:
@@ -99,17 +102,12 @@ class AGVM:
                     "SOLVER.IMS_PER_BATCH."
                 )
             elif self.tap is None:
-                # By name: Lamb is pytorch-optimizer's, and it keeps Adam's second moment too.
-                classes = {c.__name__ for c in type(self.optimizer).__mro__}
-                adam = classes & {"Adam", "AdamW", "Lamb"}
-                precondition = adam_precondition(self.optimizer) if adam else None
-                split = self.settings.estimator == "split"
                 self.tap = build_tap(
                     self.model,
                     self.modules,
                     self.micro_batches,
-                    precondition,
-                    split,
+                    preconditioner(self.optimizer),
+                    self.settings.estimator == "split",
                     self._comm_hook,
                 )
         return self.tap is not None
@@ -125,10 +123,18 @@ class AGVM:
     # Training, in the order of events.
 
     def begin(self, iteration: int) -> None:
-        """An iteration begins; `iteration` counts from 0 over the whole of training."""
+        """An iteration begins; `iteration` counts from 0 over the whole of training.
+
+        The first one after `attach` is measured in any case, and thrown away: a loop that cannot be
+        measured fails there, and not at `start_iter`.
+        """
         self.attach()
         self._iteration, self._depth, self.measured = iteration, 0, False
-        if self.tap is not None and self.modulator.due(iteration):
+        self._wanted = self.modulator.active(iteration) and (
+            self._wanted or self.modulator.due(iteration)
+        )
+        if self.tap is not None and (self._wanted or self._rehearsal):
+            self._update_modules(self.tap)
             self.tap.start()
 
     def micro_batch_done(self, weight: float) -> None:
@@ -141,18 +147,33 @@ class AGVM:
         if self.tap is not None and self.tap.measuring:
             self.tap.average_done()
 
-    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _before_optimizer_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # torch patches `step` once per class, so a subclass that calls super().step fires twice.
         self._depth += 1
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if self._depth > 1 or self.tap is None:
-            return
-        if self.tap.measuring:
-            self.modulator.update(self.tap.collect())
-            self.measured = True
-        if self.settings.mode == "modulate" and self.modulator.active(self._iteration):
-            self._saved_lrs = [group["lr"] for group in optimizer.param_groups]
-            factors = self.modulator.factors.tolist()
-            for group, module in zip(optimizer.param_groups, self._group_module, strict=True):
+            return None
+        if closure is None:
+            self._scale_lrs()
+            return None
+
+        def measured_closure() -> Any:  # the backward pass is inside the step
+            loss = closure()
+            self.backward_done()
+            self._scale_lrs()
+            return loss
+
+        return args[:1], {**kwargs, "closure": measured_closure}
+
+    def _scale_lrs(self) -> None:
+        self._collect(stepping=True)
+        active = self.settings.mode == "modulate" and self.modulator.active(self._iteration)
+        if active and self._saved_lrs is None:
+            groups, factors = self.optimizer.param_groups, self.modulator.factors.tolist()
+            self._saved_lrs = [group["lr"] for group in groups]
+            for group, module in zip(groups, self._group_module, strict=True):
                 if module >= 0:
                     group["lr"] = group["lr"] * factors[module]  # a new object: lr may be a tensor
 
@@ -168,9 +189,56 @@ class AGVM:
             self._saved_lrs = None
 
     def end(self) -> None:
-        """The iteration ended. Where a GradScaler skipped the step, its measurement is dropped."""
+        """The iteration ended."""
+        self._collect(stepping=False)
         if self.tap is not None:
             self.tap.stop()
+
+    def _collect(self, stepping: bool) -> None:
+        """Take the measurement in, if there is one."""
+        if self.tap is None or not self.tap.measuring or not (stepping or self.tap.seen):
+            return
+        if self._rehearsal:
+            self._rehearsal = False
+            units = self.tap.local()[1] * self.tap.workers
+            if units < 2:
+                raise RuntimeError(
+                    f"AGVM was set up for {self.micro_batches} micro-batches, but this training "
+                    "loop ran one and did not say so with micro_batch_done() (after_micro_batch())"
+                    ": a loop of its own does not know SOLVER.MICRO_BATCH_SIZE. Train with several "
+                    "workers, or build agvm_d2.trainer.MicroBatchTrainer in it."
+                )
+            if not self._wanted:
+                return self.tap.stop()
+        moments = self.tap.collect()
+        if moments is not None:
+            self.modulator.update(moments)
+            self.measured, self._wanted = True, False
+            accumulates = not stepping and bool(moments.mean_sq.isfinite().all())
+        if (moments is None or accumulates) and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"AGVM: iteration {self._iteration} added its gradients to older ones, or took no "
+                "step: this project accumulates gradients over iterations. What is measured is one "
+                "iteration's gradient, whenever it stands alone. Accumulate within an iteration "
+                "(SOLVER.MICRO_BATCH_SIZE) to measure the whole batch of a step."
+            )
+
+    def _update_modules(self, tap: GradientTap) -> None:
+        """Parameters may have been unfrozen since the last measurement."""
+        known = {p for params in self.modules.values() for p in params}
+        if all(p in known for p in self.model.parameters() if p.requires_grad):
+            return
+        modules = assign_modules(self.model, self.settings.modules)
+        if not set(modules) <= set(self.modules):
+            raise ValueError(
+                f"AGVM was set up for the modules {', '.join(self.modules)}, but now there are "
+                f"trainable parameters in {', '.join(modules)}. Unfreeze a module before AGVM is "
+                "built, or build it anew."
+            )
+        self.modules = {name: modules.get(name, self.modules[name]) for name in self.modules}
+        self._group_module = module_of_groups(self.optimizer, self.modules)
+        tap.modules = self.modules
 
     # What was found.
 
@@ -206,8 +274,9 @@ def build_tap(
         from .split import build_split_tap
 
         return build_split_tap(model, modules, micro_batches, precondition, inner)
+    model = uncompiled(model)
     if not isinstance(model, DistributedDataParallel):
-        return ParameterTap(modules, precondition)
+        return TensorTap(modules, precondition)
     if micro_batches == 1:
         try:
             return BucketTap(model, modules, precondition, inner)
@@ -217,4 +286,4 @@ def build_tap(
             )
     elif inner is not None:
         model.register_comm_hook(*inner)
-    return ParameterTap(modules, precondition, model.process_group)
+    return TensorTap(modules, precondition, model.process_group)

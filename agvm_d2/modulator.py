@@ -39,10 +39,16 @@ class Modulator:
         self.names, self.rule, self.momentum = list(names), rule, momentum
         self.interval, self.start_iter, self.stop_iter = interval, start_iter, stop_iter
         self.factors = torch.ones(len(names), dtype=torch.float64)
-        self.variance = torch.full_like(self.factors, torch.nan)  # the last measurement's
-        # Averages of S1 and S2 for the noise scale; a ratio of them needs no bias correction.
-        self.unit_sq, self.mean_sq = self.factors * 0, self.factors * 0
-        self.num_units = 0
+        self.last: Moments | None = None  # measurement
+        self.variance = torch.full_like(self.factors, torch.nan)  # of the last measurement
+        self._clear(0)
+
+    def _clear(self, num_units: int) -> None:
+        """Forget the averages of S1/S1 and S2/S1, of each module and of all together. Over S1, so
+        that neither one huge gradient nor gradients that were huge once rule them for long."""
+        self.num_units = num_units
+        self.unit_sq = torch.zeros(len(self.names) + 1, dtype=torch.float64)
+        self.mean_sq = torch.zeros_like(self.unit_sq)
 
     def active(self, iteration: int) -> bool:
         """Do the factors hold in this iteration?"""
@@ -55,13 +61,12 @@ class Modulator:
     def update(self, moments: Moments) -> None:
         """Take a measurement in. A module where it is not finite keeps what it had."""
         if moments.num_units != self.num_units:  # averages of other units, before a resume
-            self.unit_sq, self.mean_sq = self.factors * 0, self.factors * 0
-            self.num_units = moments.num_units
-        self.variance = moments.variance
-        valid = self.variance.isfinite()
-        self.unit_sq = self._average(self.unit_sq, moments.unit_sq, valid)
-        self.mean_sq = self._average(self.mean_sq, moments.mean_sq, valid)
-        # Of each measurement, not of averaged moments, which one huge gradient would rule for long.
+            self._clear(moments.num_units)
+        self.last, self.variance = moments, moments.variance
+        sums = [torch.cat([s, s.sum(0, keepdim=True)]) for s in (moments.unit_sq, moments.mean_sq)]
+        ratio = sums[1] / sums[0]
+        self.unit_sq = self._average(self.unit_sq, torch.ones_like(ratio), ratio.isfinite())
+        self.mean_sq = self._average(self.mean_sq, ratio, ratio.isfinite())
         target = self.rule(moments)
         self.factors = self._average(self.factors, target, target.isfinite())
 
@@ -69,7 +74,7 @@ class Modulator:
         return torch.where(valid, self.momentum * old + (1 - self.momentum) * new, old)
 
     def noise_scale(self, batch_size: int | None) -> dict[str, float]:
-        """B_simple of each module and of the whole "model" in images, from averaged moments.
+        """B_simple of each module and of the whole "model" in images, from averages of S2/S1.
 
         NaN where it is not measurable, before the first measurement, or without a batch size. With
         Adam it is that of the preconditioned gradients.
@@ -77,8 +82,8 @@ class Modulator:
         names = [*self.names, "model"]
         if not self.num_units or not batch_size:
             return dict.fromkeys(names, torch.nan)
-        sums = [torch.cat([s, s.sum(0, keepdim=True)]) for s in (self.unit_sq, self.mean_sq)]
-        values = noise_scale(*sums, self.num_units, batch_size / self.num_units)
+        unit_batch = batch_size / self.num_units
+        values = noise_scale(self.unit_sq, self.mean_sq, self.num_units, unit_batch)
         return dict(zip(names, values.tolist(), strict=True))
 
     def state_dict(self) -> dict:
@@ -98,6 +103,8 @@ class Modulator:
                 "AGVM.MODULES of the saved run (its config.yaml), or start anew from these "
                 "weights, without --resume."
             )
-        for key in ("factors", "unit_sq", "mean_sq"):
-            setattr(self, key, torch.tensor(state[key], dtype=torch.float64))
-        self.num_units = state["num_units"]
+        self.factors = torch.tensor(state["factors"], dtype=torch.float64)
+        self._clear(state["num_units"])
+        if len(state["unit_sq"]) == len(self.unit_sq):  # not of version 0.1
+            self.unit_sq = torch.tensor(state["unit_sq"], dtype=torch.float64)
+            self.mean_sq = torch.tensor(state["mean_sq"], dtype=torch.float64)

@@ -23,9 +23,24 @@ DEFAULT_PATTERNS: ModulePatterns = (
 )
 
 
+# What torch.compile, activation checkpointing and FSDP put into the names of parameters.
+WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, else the model itself."""
+    return getattr(model, "_orig_mod", model)
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, else the model itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The model inside DistributedDataParallel and torch.compile, else the model itself."""
+    model = uncompiled(model)
+    return uncompiled(model.module) if isinstance(model, DistributedDataParallel) else model
+
+
+def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """All parameters, by their names in the model without wrappers."""
+    return [(WRAPPERS.sub("", name), p) for name, p in unwrap(model).named_parameters()]
 
 
 def children_patterns(names: Sequence[str]) -> ModulePatterns:
@@ -51,8 +66,8 @@ def assign_modules(
     """Assign every trainable parameter of `model` to exactly one module.
 
     Args:
-        model: a model, also inside DistributedDataParallel. Frozen parameters are skipped; a shared
-            parameter counts once, under its first name.
+        model: a model, also inside DistributedDataParallel, torch.compile or activation
+            checkpointing. Frozen parameters are skipped; a shared one counts by its first name.
         patterns: pairs (module name, regex); a regex is matched at the start of a parameter's name
             and the first match wins. Two pairs may name the same module. Empty:
             `DEFAULT_PATTERNS`, or, where none of those but the last fits, `children_patterns`.
@@ -64,7 +79,7 @@ def assign_modules(
         ValueError: a parameter that no pattern matches, or a given pattern that matches none.
     """
     given = bool(patterns)
-    trainable = [(n, p) for n, p in unwrap(model).named_parameters() if p.requires_grad]
+    trainable = [(n, p) for n, p in named_parameters(model) if p.requires_grad]
     if not given:
         known = any(re.match(regex, n) for _, regex in DEFAULT_PATTERNS[:-1] for n, _ in trainable)
         patterns = DEFAULT_PATTERNS if known else children_patterns([n for n, _ in trainable])

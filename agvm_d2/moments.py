@@ -7,7 +7,7 @@ Only squared norms are kept and sent. The paper's estimator, which needs more, i
 # No `from __future__ import annotations` here: DDP compares the annotation of a communication
 # hook's `bucket` with the class itself, and would refuse a string.
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .norms import ModuleNorms, Modules
+from .precondition import Precondition
 from .variance import pairwise_variance
 
-Precondition = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (parameter, gradient)
 CommHook = tuple[Any, Callable]  # (state, hook), the arguments of DDP's register_comm_hook
 
 
@@ -50,23 +50,35 @@ class GradientTap:
         group: dist.ProcessGroup | None = None,
     ):
         self.modules, self.precondition, self.group = modules, precondition, group
-        self.params = [p for params in modules.values() for p in params]
-        self.device = self.params[0].device
+        self.device = next(iter(modules.values()))[0].device
         self.workers = dist.get_world_size(group) if dist.is_initialized() else 1
-        self.measuring = False
+        self.measuring = self.seen = self.accumulated = False
+        self._handles: list[Any] = []
 
-    def add(
-        self, norms: ModuleNorms, params: Iterable[torch.Tensor], grads: Iterable[torch.Tensor]
-    ) -> ModuleNorms:
-        """Add (preconditioned) gradients to `norms`."""
-        params, grads = list(params), list(grads)
-        if self.precondition is not None:
-            grads = [self.precondition(p, g) for p, g in zip(params, grads, strict=True)]
-        return norms.add(params, grads)
+    @property
+    def params(self) -> list[nn.Parameter]:
+        return [p for params in self.modules.values() for p in params]
+
+    def norms(self) -> ModuleNorms:
+        return ModuleNorms(self.modules, self.precondition)
 
     def start(self) -> None:
         """Measure the coming backward pass(es)."""
-        self.measuring = True
+        self.stop()
+        self.measuring, self.seen, self.accumulated = True, False, False
+        self._unchecked = {params[0] for params in self.modules.values()}
+        self._handles = [p.register_hook(self._check(p)) for p in self._unchecked]
+
+    def _check(self, param: nn.Parameter) -> Callable[[torch.Tensor], None]:
+        """A hook that runs before a gradient is added to `param.grad`, empty in a first pass."""
+
+        def check(grad: torch.Tensor) -> None:
+            self.seen = True
+            if param in self._unchecked:
+                self._unchecked.remove(param)
+                self.accumulated |= param.grad is not None and bool(param.grad.any())
+
+        return check
 
     def unit_done(self, weight: float) -> None:
         """A backward pass ended, whose gradient entered this worker's average as weight * u."""
@@ -76,28 +88,35 @@ class GradientTap:
 
     def stop(self) -> None:
         self.measuring = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
-    def _local(self) -> tuple[torch.Tensor, int]:
+    def local(self) -> tuple[torch.Tensor, int]:
         """This worker's rows of squared norms, shape (rows, modules), and its number of units."""
         raise NotImplementedError
 
-    def _moments(self, rows: torch.Tensor, num_units: int) -> Moments:
+    def moments(self, rows: torch.Tensor, num_units: int) -> Moments:
         """From the workers' mean of the rows, and the number of all units."""
         return pairwise_moments(rows[0], rows[1], num_units)
 
     @torch.no_grad()
-    def collect(self) -> Moments:
-        """Moments over all workers, with the same bits in each, so that all decide alike.
+    def collect(self) -> Moments | None:
+        """Moments over all workers, with the same bits in each, so that all decide alike; None
+        where a worker's gradients were added to older ones.
 
         One all-reduce of 2 * modules + 1 float64 (`split`: 3 * modules + 1) and one host sync.
         """
         self.stop()
-        rows, num_units = self._local()
-        numbers = torch.cat([rows.flatten(), rows.new_tensor([num_units])])
+        rows, num_units = self.local()
+        count = torch.nan if self.accumulated else num_units
+        numbers = torch.cat([rows.flatten(), rows.new_tensor([count])])
         if self.workers > 1:
             dist.all_reduce(numbers, group=self.group)
         numbers = numbers.cpu()
-        return self._moments(numbers[:-1].view(rows.shape) / self.workers, int(numbers[-1]))
+        if numbers[-1].isnan():
+            return None
+        return self.moments(numbers[:-1].view(rows.shape) / self.workers, int(numbers[-1]))
 
 
 class BucketTap(GradientTap):
@@ -126,7 +145,7 @@ class BucketTap(GradientTap):
         model.register_comm_hook(self, _comm_hook)
 
     def start(self) -> None:
-        self._unit, self._mean = ModuleNorms(self.modules), ModuleNorms(self.modules)
+        self._unit, self._mean = self.norms(), self.norms()
         super().start()
 
     def average(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -152,17 +171,17 @@ class BucketTap(GradientTap):
             flat = future.value()
             flat = flat[0] if isinstance(flat, (list, tuple)) else flat
             offset = flat.storage_offset()
-            self.add(norms, params, [flat.as_strided(s, t, offset + o) for s, t, o in views])
+            norms.add(params, [flat.as_strided(s, t, offset + o) for s, t, o in views])
             return flat
 
-        self._measure_units(bucket, measure)
+        self.measure_units(bucket, measure)
         return self.average(bucket).then(functools.partial(measure, self._mean))
 
-    def _measure_units(self, bucket: dist.GradBucket, measure: Callable) -> None:
+    def measure_units(self, bucket: dist.GradBucket, measure: Callable) -> None:
         """Measure this worker's own gradients; `measure` does so for a copy of the bucket."""
-        self.add(self._unit, bucket.parameters(), bucket.gradients())
+        self._unit.add(bucket.parameters(), bucket.gradients())
 
-    def _local(self) -> tuple[torch.Tensor, int]:
+    def local(self) -> tuple[torch.Tensor, int]:
         return torch.stack([self._unit.total(self.device), self._mean.total(self.device)]), 1
 
 
@@ -170,11 +189,12 @@ def _comm_hook(tap: BucketTap, bucket: dist.GradBucket) -> torch.futures.Future[
     return tap.measured_average(bucket) if tap.measuring else tap.average(bucket)
 
 
-class ParameterTap(GradientTap):
+class TensorTap(GradientTap):
     """One unit per micro-batch: parameter hooks see each backward pass's own gradient.
 
     Works with one worker and where DDP's communication hook is taken. One small kernel per
-    parameter and pass, on measured steps only.
+    parameter and pass, on measured steps only. Reentrant activation checkpointing gives a parameter
+    that is used several times as many gradients; their sum is then kept from one to the next.
     """
 
     def __init__(
@@ -184,65 +204,51 @@ class ParameterTap(GradientTap):
         group: dist.ProcessGroup | None = None,
     ):
         super().__init__(modules, precondition, group)
-        self._handles: list = []
+        self._several: set[nn.Parameter] = set()
 
     def start(self) -> None:
-        self.stop()
         super().start()
-        self._unit = ModuleNorms(self.modules)
         self._unit_sq = torch.zeros(len(self.modules), dtype=torch.float64, device=self.device)
         self._mean_sq: torch.Tensor | None = None
         self._num_units = 0
-        hooks = [(p, functools.partial(self._on_gradient, p)) for p in self.params]
-        self._handles = [param.register_hook(hook) for param, hook in hooks]
+        self._begin_unit()
+        self._handles += [p.register_hook(functools.partial(self._add, p)) for p in self.params]
 
-    def stop(self) -> None:
-        super().stop()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    def _begin_unit(self) -> None:
+        self._unit, self._sums = self.norms(), dict[nn.Parameter, torch.Tensor | None]()
 
     @torch.no_grad()
-    def _on_gradient(self, param: nn.Parameter, grad: torch.Tensor) -> None:
-        self.add(self._unit, [param], [grad])
+    def _add(self, param: nn.Parameter, grad: torch.Tensor) -> None:
+        if param in self._sums:
+            before: torch.Tensor | float | None = self._sums[param]
+            if before is None:  # not expected: the first unit's is in `.grad`, another's is lost
+                before = torch.nan if self._num_units or param.grad is None else param.grad
+            grad = grad + before
+            self._several.add(param)
+        self._sums[param] = grad.clone() if param in self._several else None
+        self._unit.add([param], [grad])
 
     @torch.no_grad()
     def unit_done(self, weight: float = 1.0) -> None:
         # Weighting S1 alike, sum_k w_k |u_k|^2, keeps S1 - S2 = (K - 1) tr(Sigma)/batch in
         # expectation for micro-batches of unequal size.
         self._unit_sq += self._unit.total(self.device) / weight
-        self._unit = ModuleNorms(self.modules)
         self._num_units += 1
+        self._begin_unit()
 
     @torch.no_grad()
     def average_done(self) -> None:
         if not self._num_units:  # a training loop without micro-batches
             self.unit_done()
         grads = {p: p.grad for p in self.params if p.grad is not None}
-        mean = self.add(ModuleNorms(self.modules), grads, grads.values())
-        self._mean_sq = mean.total(self.device)
+        self._mean_sq = self.norms().add([*grads], [*grads.values()]).total(self.device)
 
-    def _local(self) -> tuple[torch.Tensor, int]:
+    def local(self) -> tuple[torch.Tensor, int]:
         if self._mean_sq is None:
-            raise RuntimeError(NOT_SEEN)
+            raise RuntimeError(
+                "AGVM did not see the averaged gradient: call AGVMHook.after_backward() "
+                "(AGVM.backward_done()) between backward() and clipping or optimizer.step(), as "
+                "Detectron2's SimpleTrainer does, or train in DistributedDataParallel with its "
+                "communication hook free."
+            )
         return torch.stack([self._unit_sq, self._mean_sq]), self._num_units
-
-
-NOT_SEEN = (
-    "AGVM did not see the averaged gradient: call AGVMHook.after_backward() (AGVM.backward_done()) "
-    "between backward() and clipping or optimizer.step(), as Detectron2's SimpleTrainer does."
-)
-
-
-def adam_precondition(optimizer: torch.optim.Optimizer) -> Precondition:
-    """u -> u/(sqrt(v) + eps) with the stored second moment v, the same for all units.
-
-    The map is then linear, so S1 and S2 stay consistent. A parameter without a state counts as 0.
-    """
-    eps = {p: group["eps"] for group in optimizer.param_groups for p in group["params"]}
-
-    def precondition(param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        v = optimizer.state.get(param, {}).get("exp_avg_sq")
-        return torch.zeros_like(grad) if v is None else grad / (v.sqrt().add_(eps[param]))
-
-    return precondition

@@ -1,8 +1,11 @@
 """Squared norms of gradients: exact to 1e-8, and the same bits whatever the order of arrival."""
 
 from __future__ import annotations
+from collections.abc import Sequence
 import torch
 from torch import nn
+
+from .precondition import Precondition
 
 # A CPU's float32 norm loses digits over millions of elements (5e-3 at 40 M); blocks of this size
 # combined in float64 are good to 1e-8 and no slower. CUDA's multi-tensor norm has its own blocks.
@@ -26,7 +29,7 @@ def _multi_norm(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         return [torch.linalg.vector_norm(t) for t in tensors]
 
 
-def block_norms(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+def block_norms(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
     """For each tensor, norms of its blocks (1-D, float32 or wider): |t|^2 = sum of squares."""
     norms: list[list[torch.Tensor]] = [[] for _ in tensors]
     small, owner = [], []
@@ -54,11 +57,13 @@ class ModuleNorms:
     which gradients become ready nor on DDP's buckets, which a resumed run may lay out differently.
     """
 
-    def __init__(self, modules: Modules):
-        self._modules = modules
+    def __init__(self, modules: Modules, precondition: Precondition | None = None):
+        self._modules, self._precondition = modules, precondition
         self._norms: dict[torch.Tensor, list[torch.Tensor]] = {}
 
-    def add(self, params: list[torch.Tensor], grads: list[torch.Tensor]) -> ModuleNorms:
+    def add(self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> ModuleNorms:
+        if self._precondition is not None:
+            grads = [self._precondition(p, g) for p, g in zip(params, grads, strict=True)]
         # Futures call back on other threads, but each for parameters of its own.
         self._norms.update(zip(params, block_norms(grads), strict=True))
         return self

@@ -12,8 +12,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .moments import NOT_SEEN, BucketTap, CommHook, GradientTap, Moments, Precondition
-from .norms import ModuleNorms, Modules
+from .modules import uncompiled
+from .moments import BucketTap, CommHook, GradientTap, Moments
+from .norms import Modules
+from .precondition import Precondition
 from .variance import split_variance
 
 
@@ -49,9 +51,9 @@ class SplitBucketTap(BucketTap):
         self._pending: list[torch.futures.Future] = []
         super().start()
 
-    def _measure_units(self, bucket: dist.GradBucket, measure: Callable) -> None:
+    def measure_units(self, bucket: dist.GradBucket, measure: Callable) -> None:
         if len(self.half) == 1:
-            return super()._measure_units(bucket, measure)
+            return super().measure_units(bucket, measure)
         copy = bucket.buffer().clone()
         work = dist.reduce(copy, self.half[0], group=self.half_group, async_op=True)
         assert work is not None  # it is outside the group only
@@ -63,7 +65,7 @@ class SplitBucketTap(BucketTap):
 
         self._pending.append(work.get_future().then(reduced))
 
-    def _local(self) -> tuple[torch.Tensor, int]:
+    def local(self) -> tuple[torch.Tensor, int]:
         torch.futures.wait_all(self._pending)
         mean_sq = self._mean.total(self.device)
         halves = mean_sq.new_zeros(2, len(mean_sq))
@@ -71,7 +73,7 @@ class SplitBucketTap(BucketTap):
         halves[self.side] = self._unit.total(self.device) * self.workers / len(self.half) ** 2
         return torch.cat([halves, mean_sq[None]]), 1
 
-    def _moments(self, rows: torch.Tensor, num_units: int) -> Moments:
+    def moments(self, rows: torch.Tensor, num_units: int) -> Moments:
         return split_moments(rows, self.share)
 
 
@@ -107,20 +109,19 @@ class SplitMicroBatchTap(GradientTap):
                 "after_micro_batch() after each, as MicroBatchTrainer does."
             )
         grad_of = {p: p.grad for p in self.params if p.grad is not None}
-        grads, zero = list(grad_of.values()), torch.zeros((), device=self.device)
+        grads, zero = [*grad_of.values()], torch.zeros((), device=self.device)
         first = [self._first.get(p, zero).expand_as(p) for p in grad_of]
         second = [g - f for g, f in zip(grads, first, strict=True)]
         rows = [f / self.share for f in first], [s / (1 - self.share) for s in second], grads
-        norms = [self.add(ModuleNorms(self.modules), grad_of, row) for row in rows]
-        self._rows = torch.stack([n.total(self.device) for n in norms])
-        self._first = None
+        norms = [self.norms().add([*grad_of], row).total(self.device) for row in rows]
+        self._rows, self._first = torch.stack(norms), None
 
-    def _local(self) -> tuple[torch.Tensor, int]:
+    def local(self) -> tuple[torch.Tensor, int]:
         if self._rows is None:
-            raise RuntimeError(NOT_SEEN)
+            raise RuntimeError("AGVM did not see the averaged gradient: see AGVM.backward_done().")
         return self._rows, self._num_units
 
-    def _moments(self, rows: torch.Tensor, num_units: int) -> Moments:
+    def moments(self, rows: torch.Tensor, num_units: int) -> Moments:
         return split_moments(rows, self.share)
 
 
@@ -135,6 +136,7 @@ def build_split_tap(
     Raises:
         ValueError: neither micro-batches nor DDP with a free communication hook.
     """
+    model = uncompiled(model)
     if not isinstance(model, DistributedDataParallel):
         if micro_batches < 2:
             raise ValueError(

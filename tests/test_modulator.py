@@ -123,7 +123,8 @@ def test_averages_of_another_number_of_units_start_anew():
     after = make(NAMES[:2], momentum=0.5)
     after.load_state_dict(before.state_dict())
     after.update(moments([4.0, 4.0], [3.0, 2.0], k=2))
-    assert after.unit_sq.tolist() == [2.0, 2.0] and after.mean_sq.tolist() == [1.5, 1.0]
+    # S2/S1 of each and of all together, at momentum 0.5.
+    assert after.unit_sq.tolist() == [0.5] * 3 and after.mean_sq.tolist() == [0.375, 0.25, 0.3125]
     assert after.factors[1] != 1 and before.factors[1] != 1
 
 

@@ -11,7 +11,8 @@ from toy import ToyDetector, batch, loss, parameter_names
 
 from agvm_d2.modules import assign_modules
 from agvm_d2.agvm import build_tap
-from agvm_d2.moments import BucketTap, ParameterTap, adam_precondition
+from agvm_d2.moments import BucketTap, TensorTap
+from agvm_d2.precondition import preconditioner
 from agvm_d2.norms import BLOCK, block_norms
 from agvm_d2.split import SplitBucketTap
 from agvm_d2.variance import pairwise_variance
@@ -93,7 +94,7 @@ def test_micro_batches_equal_reference(sizes):
     data = batch(sum(sizes))
     units = [data[sum(sizes[:i]) :][:size] for i, size in enumerate(sizes)]
     weights = [size / sum(sizes) for size in sizes]
-    tap = ParameterTap(assign_modules(model))
+    tap = TensorTap(assign_modules(model))
     moments = micro_batches(model, tap, units, weights)
     assert moments.num_units == len(sizes)
     assert_equal(moments, expected(model, units, weights))
@@ -113,19 +114,21 @@ def test_unequal_micro_batches_leave_the_noise_unbiased():
 
 def test_tensor_hooks_are_there_only_while_measuring():
     model = ToyDetector()
-    tap = ParameterTap(assign_modules(model))
+    tap = TensorTap(assign_modules(model))
     hooks = [len(p._backward_hooks or ()) for p in model.parameters()]
     assert not any(hooks)
     micro_batches(model, tap, [batch(2), batch(2, seed=1)], [0.5, 0.5])
     assert not any(len(p._backward_hooks or ()) for p in model.parameters())
     tap.start()
+    hooks = [len(p._backward_hooks) for p in model.parameters()]
+    assert all(hooks)
     tap.start()  # a measurement that was not collected is dropped
-    assert all(len(p._backward_hooks) == 1 for p in model.parameters())
+    assert [len(p._backward_hooks) for p in model.parameters()] == hooks
 
 
 def test_a_module_without_a_gradient_has_zero_moments():
     model = ToyDetector()
-    tap = ParameterTap(assign_modules(model))
+    tap = TensorTap(assign_modules(model))
     tap.start()
     for unit in (batch(2), batch(2, seed=1)):
         (model(unit)["loss_rpn"] / 2).backward()
@@ -138,7 +141,7 @@ def test_a_module_without_a_gradient_has_zero_moments():
 
 def test_collect_without_the_average_says_what_to_call():
     model = ToyDetector()
-    tap = ParameterTap(assign_modules(model))
+    tap = TensorTap(assign_modules(model))
     tap.start()
     loss(model, batch(2)).backward()
     with pytest.raises(RuntimeError, match="AGVMHook.after_backward"):
@@ -163,7 +166,7 @@ def test_adam_moments_are_of_the_preconditioned_gradients(kind):
         module: reference.moments(reference.flatten(gradients, names))
         for module, names in parameter_names(model).items()
     }
-    tap = ParameterTap(assign_modules(model), adam_precondition(optimizer))
+    tap = TensorTap(assign_modules(model), preconditioner(optimizer))
     assert_equal(micro_batches(model, tap, units, [0.5, 0.5]), wanted)
 
 
@@ -238,7 +241,7 @@ def test_workers_equal_reference_with_the_same_bits(workers, num, options):
 
 
 @pytest.mark.parametrize(
-    "make, kind", [(_build_tap, "BucketTap"), (_taken_slot, "ParameterTap")], ids=["free", "taken"]
+    "make, kind", [(_build_tap, "BucketTap"), (_taken_slot, "TensorTap")], ids=["free", "taken"]
 )
 def test_a_taken_hook_slot_falls_back_to_tensor_hooks(workers, make, kind):
     units = [batch(4, seed=rank) for rank in range(2)]
@@ -307,7 +310,7 @@ def _adam(units, scaled):
     model = ToyDetector(width=32)
     ddp = DistributedDataParallel(model, bucket_cap_mb=0.002)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3)
-    tap = BucketTap(ddp, assign_modules(model), adam_precondition(optimizer))
+    tap = BucketTap(ddp, assign_modules(model), preconditioner(optimizer))
     for seed in range(3):
         optimizer.zero_grad()
         loss(ddp, batch(4, seed=50 + seed)).backward()  # the same on all workers
