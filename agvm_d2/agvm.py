@@ -134,7 +134,7 @@ class AGVM:
             self._wanted or self.modulator.due(iteration)
         )
         if self.tap is not None and (self._wanted or self._rehearsal):
-            self._update_modules(self.tap)
+            self.tap.modules = self._update_modules()
             self.tap.start()
 
     def micro_batch_done(self, weight: float) -> None:
@@ -148,8 +148,8 @@ class AGVM:
             self.tap.average_done()
 
     def _before_optimizer_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
         # torch patches `step` once per class, so a subclass that calls super().step fires twice.
         self._depth += 1
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -203,10 +203,10 @@ class AGVM:
             units = self.tap.local()[1] * self.tap.workers
             if units < 2:
                 raise RuntimeError(
-                    f"AGVM was set up for {self.micro_batches} micro-batches, but this training "
-                    "loop ran one and did not say so with micro_batch_done() (after_micro_batch())"
-                    ": a loop of its own does not know SOLVER.MICRO_BATCH_SIZE. Train with several "
-                    "workers, or build agvm_d2.trainer.MicroBatchTrainer in it."
+                    f"AGVM was set up for {self.micro_batches} micro-batches, but this loop ran 1 "
+                    "and did not call micro_batch_done() (after_micro_batch()): a loop of its own "
+                    "does not know SOLVER.MICRO_BATCH_SIZE. Train with several workers, or build "
+                    "agvm_d2.trainer.MicroBatchTrainer in it."
                 )
             if not self._wanted:
                 return self.tap.stop()
@@ -224,11 +224,11 @@ class AGVM:
                 "(SOLVER.MICRO_BATCH_SIZE) to measure the whole batch of a step."
             )
 
-    def _update_modules(self, tap: GradientTap) -> None:
+    def _update_modules(self) -> Modules:
         """Parameters may have been unfrozen since the last measurement."""
         known = {p for params in self.modules.values() for p in params}
         if all(p in known for p in self.model.parameters() if p.requires_grad):
-            return
+            return self.modules
         modules = assign_modules(self.model, self.settings.modules)
         if not set(modules) <= set(self.modules):
             raise ValueError(
@@ -238,7 +238,7 @@ class AGVM:
             )
         self.modules = {name: modules.get(name, self.modules[name]) for name in self.modules}
         self._group_module = module_of_groups(self.optimizer, self.modules)
-        tap.modules = self.modules
+        return self.modules
 
     # What was found.
 

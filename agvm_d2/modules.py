@@ -60,6 +60,13 @@ def children_patterns(names: Sequence[str]) -> ModulePatterns:
     return [(child, re.escape(f"{prefix}{child}.")) for child in parents] + [("rest", "")]
 
 
+def patterns_for(model: nn.Module) -> ModulePatterns:
+    """`DEFAULT_PATTERNS`, or, where none of those but the last fits, `children_patterns`."""
+    names = [n for n, p in named_parameters(model) if p.requires_grad]
+    known = any(re.match(regex, name) for _, regex in DEFAULT_PATTERNS[:-1] for name in names)
+    return DEFAULT_PATTERNS if known else children_patterns(names)
+
+
 def assign_modules(
     model: nn.Module, patterns: ModulePatterns = ()
 ) -> dict[str, list[nn.Parameter]]:
@@ -69,8 +76,7 @@ def assign_modules(
         model: a model, also inside DistributedDataParallel, torch.compile or activation
             checkpointing. Frozen parameters are skipped; a shared one counts by its first name.
         patterns: pairs (module name, regex); a regex is matched at the start of a parameter's name
-            and the first match wins. Two pairs may name the same module. Empty:
-            `DEFAULT_PATTERNS`, or, where none of those but the last fits, `children_patterns`.
+            and the first match wins. Two pairs may name the same module. Empty: `patterns_for`.
 
     Returns:
         module name -> its parameters, in the order of the patterns, without empty modules.
@@ -79,10 +85,8 @@ def assign_modules(
         ValueError: a parameter that no pattern matches, or a given pattern that matches none.
     """
     given = bool(patterns)
+    patterns = patterns or patterns_for(model)
     trainable = [(n, p) for n, p in named_parameters(model) if p.requires_grad]
-    if not given:
-        known = any(re.match(regex, n) for _, regex in DEFAULT_PATTERNS[:-1] for n, _ in trainable)
-        patterns = DEFAULT_PATTERNS if known else children_patterns([n for n, _ in trainable])
     found: list[list[nn.Parameter]] = [[] for _ in patterns]
     for param_name, param in trainable:
         for params, (_, regex) in zip(found, patterns, strict=True):

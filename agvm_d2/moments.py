@@ -220,10 +220,10 @@ class TensorTap(GradientTap):
     @torch.no_grad()
     def _add(self, param: nn.Parameter, grad: torch.Tensor) -> None:
         if param in self._sums:
-            before: torch.Tensor | float | None = self._sums[param]
+            before = self._sums[param]
             if before is None:  # not expected: the first unit's is in `.grad`, another's is lost
-                before = torch.nan if self._num_units or param.grad is None else param.grad
-            grad = grad + before
+                before = None if self._num_units else param.grad
+            grad = grad + (torch.nan if before is None else before)
             self._several.add(param)
         self._sums[param] = grad.clone() if param in self._several else None
         self._unit.add([param], [grad])

@@ -1,11 +1,12 @@
 """Param groups of one module each, and saved optimizer states that fit them."""
 
 from __future__ import annotations
+import re
 from typing import Any
 import torch
 from torch import nn
 
-from .modules import ModulePatterns, assign_modules
+from .modules import ModulePatterns, assign_modules, named_parameters, patterns_for
 
 # By which optimizers can be told apart, and none that only some versions of torch have.
 HYPERPARAMETERS = ("momentum", "betas", "trust_coefficient", "grad_averaging")
@@ -35,8 +36,13 @@ def split_param_groups(
             `assign_modules`.
     """
     fit_loaded_state(optimizer)
-    owner = {p: name for name, ps in assign_modules(model, modules).items() for p in ps}
-    known = set(model.parameters())
+    assign_modules(model, modules)  # its errors
+    patterns = modules or patterns_for(model)
+    # Frozen ones too, which may be unfrozen while training.
+    owner = {
+        p: next((module for module, regex in patterns if re.match(regex, name)), "")
+        for name, p in named_parameters(model)
+    }
     groups: list[dict[str, Any]] = []
     for i, group in enumerate(optimizer.param_groups):
         if "initial_lr" in group:
@@ -46,14 +52,12 @@ def split_param_groups(
             )
         parts: dict[str, list[int]] = {}
         for k, param in enumerate(group["params"]):
-            if param not in known:
+            if param not in owner:
                 raise ValueError(
                     f"split_param_groups: group {i} of the optimizer holds a parameter of shape "
                     f"{tuple(param.shape)} that is not in the model."
                 )
-            # A frozen parameter, never updated, may stand in any group.
-            name = owner.get(param) or next(iter(parts), "")
-            parts.setdefault(name, []).append(k)
+            parts.setdefault(owner[param], []).append(k)
         aligned = [k for k in ("params", "param_names") if k in group]
         for indices in parts.values():
             groups.append({**group, **{key: [group[key][k] for k in indices] for key in aligned}})

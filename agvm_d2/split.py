@@ -109,7 +109,7 @@ class SplitMicroBatchTap(GradientTap):
                 "after_micro_batch() after each, as MicroBatchTrainer does."
             )
         grad_of = {p: p.grad for p in self.params if p.grad is not None}
-        grads, zero = [*grad_of.values()], torch.zeros((), device=self.device)
+        grads, zero = list(grad_of.values()), torch.zeros((), device=self.device)
         first = [self._first.get(p, zero).expand_as(p) for p in grad_of]
         second = [g - f for g, f in zip(grads, first, strict=True)]
         rows = [f / self.share for f in first], [s / (1 - self.share) for s in second], grads

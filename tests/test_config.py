@@ -2,7 +2,7 @@ import pytest
 from detectron2.config import get_cfg
 from toy import toy_config
 
-from agvm_d2.d2.checks import check_config, check_datasets
+from agvm_d2.d2.checks import check_config, check_datasets, check_names
 from agvm_d2.d2.config import add_agvm_config, read_config
 from agvm_d2.d2.micro_batches import micro_batches
 
@@ -44,12 +44,6 @@ def test_the_toy_config_is_good(tmp_path):
         ({PATTERNS: ("backbone",)}, "AGVM.MODULES: found .'backbone',., .*pairs"),
         ({PATTERNS: (("a", "b", "c"),)}, "AGVM.MODULES: found ..'a', 'b', 'c'.,., .*pairs"),
         ({PATTERNS: (("rpn", "("),)}, r"AGVM.MODULES: '\(' of module 'rpn' is not a regex"),
-        ({"SOLVER__OPTIMIZER": "ADAM"}, "SOLVER.OPTIMIZER: found 'ADAM', .*SGD, ADAMW"),
-        ({"SOLVER__WARMUP_METHOD": "cubic"}, "SOLVER.WARMUP_METHOD: found 'cubic'"),
-        (
-            {"SOLVER__CLIP_GRADIENTS__CLIP_TYPE": "global"},
-            "SOLVER.CLIP_GRADIENTS.CLIP_TYPE: found 'global', .*full_model",
-        ),
         (
             {"SOLVER__CLIP_GRADIENTS__ITER_RANGE": (20, 10)},
             r"SOLVER.CLIP_GRADIENTS.ITER_RANGE: found \(20, 10\)",
@@ -65,6 +59,28 @@ def test_bad_values_are_named(tmp_path, options, message, monkeypatch):
     cfg = toy_config(tmp_path, **options)
     with pytest.raises(ValueError, match=message):
         check_config(cfg, 1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"SOLVER__OPTIMIZER": "ADAM"}, "SOLVER.OPTIMIZER: found 'ADAM', .*SGD, ADAMW"),
+        ({"SOLVER__WARMUP_METHOD": "cubic"}, "SOLVER.WARMUP_METHOD: found 'cubic'"),
+        (
+            {"SOLVER__CLIP_GRADIENTS__CLIP_TYPE": "global"},
+            "SOLVER.CLIP_GRADIENTS.CLIP_TYPE: found 'global', .*full_model",
+        ),
+        (
+            {"SOLVER__CLIP_GRADIENTS__CLIP_VALUE": 0.0},
+            "SOLVER.CLIP_GRADIENTS.CLIP_VALUE: found 0.0",
+        ),
+    ],
+)
+def test_names_are_checked_where_this_package_reads_them(tmp_path, options, message):
+    cfg = toy_config(tmp_path, **options)
+    check_config(cfg, 1)  # a project may build these itself
+    with pytest.raises(ValueError, match=message):
+        check_names(cfg)
 
 
 def test_a_batch_that_workers_cannot_share(tmp_path):

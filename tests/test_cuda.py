@@ -9,10 +9,10 @@ from torch.nn.parallel import DistributedDataParallel
 from toy import MODULES, ToyDetector, ToyLoader, batch, loss, parameter_names
 
 from agvm_d2 import AGVMHook, split_param_groups
+from agvm_d2.d2.micro_batches import MicroBatchTrainer
 from agvm_d2.modules import assign_modules
 from agvm_d2.moments import BucketTap
 from agvm_d2.norms import block_norms
-from agvm_d2.d2.micro_batches import MicroBatchTrainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

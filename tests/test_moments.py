@@ -9,11 +9,11 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 from toy import ToyDetector, batch, loss, parameter_names
 
-from agvm_d2.modules import assign_modules
 from agvm_d2.agvm import build_tap
+from agvm_d2.modules import assign_modules
 from agvm_d2.moments import BucketTap, TensorTap
-from agvm_d2.precondition import preconditioner
 from agvm_d2.norms import BLOCK, block_norms
+from agvm_d2.precondition import preconditioner
 from agvm_d2.split import SplitBucketTap
 from agvm_d2.variance import pairwise_variance
 

@@ -13,7 +13,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from ..settings import Settings
 from ..solver.build import OPTIMIZERS
-from ..solver.clip import CLIP_TYPES
+from ..solver.clip import CLIP_TYPES, check_clip_value
 from ..validate import holds, is_int, one_of, require
 from .micro_batches import micro_batches
 
@@ -59,7 +59,6 @@ RANGES: dict[str, tuple[Callable, str]] = {
     "SOLVER.WARMUP_ITERS": (lambda v: v >= 0, "not be negative"),
     "SOLVER.WARMUP_FACTOR": (lambda v: 0 < v <= 1, "be in (0, 1]"),
     "SOLVER.CHECKPOINT_PERIOD": (lambda v: v >= 1, "be at least 1"),
-    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": (lambda v: 0 < v < math.inf, "be positive"),
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": (lambda v: v > 0, "be positive"),
     "DATALOADER.NUM_WORKERS": (lambda v: v >= 0, "not be negative"),
     "TEST.EVAL_PERIOD": (lambda v: v >= 0, "not be negative"),
@@ -75,7 +74,8 @@ SAMPLERS = (
 
 
 def check_names(cfg: CN) -> None:
-    """What Detectron2 itself has a closed list of; a project may have more.
+    """What Detectron2 and this package have closed lists of. A project may have more, and build
+    what it names itself: so only where nobody else reads the config.
 
     Raises:
         ValueError: names the key, what was found and what it must be.
@@ -86,7 +86,12 @@ def check_names(cfg: CN) -> None:
         ("MODEL.BACKBONE.NAME", model.BACKBONE.NAME, BACKBONE_REGISTRY),
     ):
         one_of(key, name, [name for name, _ in registry])
-    one_of("SOLVER.LR_SCHEDULER_NAME", cfg.SOLVER.LR_SCHEDULER_NAME, SCHEDULERS)
+    solver, clip = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS
+    one_of("SOLVER.OPTIMIZER", solver.OPTIMIZER, OPTIMIZERS)
+    one_of("SOLVER.WARMUP_METHOD", solver.WARMUP_METHOD, WARMUP_METHODS)
+    one_of("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip.CLIP_TYPE, CLIP_TYPES)
+    check_clip_value("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", clip.CLIP_VALUE)
+    one_of("SOLVER.LR_SCHEDULER_NAME", solver.LR_SCHEDULER_NAME, SCHEDULERS)
     one_of("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, SAMPLERS)
 
 
@@ -102,12 +107,9 @@ def check_config(cfg: CN, num_workers: int) -> None:
         require(holds(condition, value), key, value, need)
     solver = cfg.SOLVER
     check_agvm({k.lower(): v for k, v in cfg.AGVM.items()}, lambda name: f"AGVM.{name.upper()}")
-    one_of("SOLVER.OPTIMIZER", solver.OPTIMIZER, OPTIMIZERS)
-    one_of("SOLVER.WARMUP_METHOD", solver.WARMUP_METHOD, WARMUP_METHODS)
     one_of("SOLVER.ON_NONFINITE", solver.ON_NONFINITE, STOP_OR_SKIP)
     one_of("DATALOADER.ON_BAD_IMAGE", cfg.DATALOADER.ON_BAD_IMAGE, STOP_OR_SKIP)
     clip = solver.CLIP_GRADIENTS
-    one_of("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip.CLIP_TYPE, CLIP_TYPES)
     window = tuple(clip.ITER_RANGE)
     require(
         not window or (len(window) == 2 and all(map(is_int, window)) and window[0] < window[1]),

@@ -116,6 +116,7 @@ class MicroBatchTrainer(SimpleTrainer):
         self.after_backward()
         self._write_metrics(totals, data_time)
         if self.grad_scaler:
+            self.grad_scaler.unscale_(self.optimizer)  # also a fused one's, for who clips
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         else:
@@ -189,7 +190,9 @@ def in_micro_batches(
         raise ValueError(
             "SOLVER.MICRO_BATCH_SIZE, SOLVER.ON_NONFINITE: they need Detectron2's SimpleTrainer or "
             f"AMPTrainer, but this project runs its own {type(inner).__name__}. Leave them at 0 "
-            'and "stop", or build agvm_d2.trainer.MicroBatchTrainer in the project.'
+            'and "stop", or build agvm_d2.trainer.MicroBatchTrainer in the project; what its own '
+            "run_step does beside the step, such as clipping, is then to be done elsewhere: "
+            "agvm_d2.solver.clip_gradients."
         )
     trainer = MicroBatchTrainer(
         inner.model,

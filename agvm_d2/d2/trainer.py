@@ -9,7 +9,14 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, defaults, hooks
+from detectron2.engine import (
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    TrainerBase,
+    defaults,
+    hooks,
+)
 from detectron2.evaluation import (
     COCOEvaluator,
     COCOPanopticEvaluator,
@@ -26,6 +33,7 @@ from .checkpoint import AtomicCheckpointer
 from .checks import check_config
 from .hook import AGVMHook
 from .loader import build_train_loader
+from .micro_batches import micro_batches
 from .run import RunOptions
 
 d2_create_ddp_model = defaults.create_ddp_model
@@ -86,7 +94,30 @@ class AGVMTrainerMixin(_Trainer):
         check_config(cfg, comm.get_world_size())
         with _patched("create_ddp_model", create_ddp_model):
             super().__init__(cfg)
+        if micro_batches(cfg, comm.get_world_size()) > 1:
+            self._refuse_own_run_step()
         self._trainer = run_options(self.cfg).prepare_trainer(self._trainer)
+
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """Detectron2's SOLVER.REFERENCE_WORLD_SIZE, also for this package's iterations.
+
+        AGVM.INTERVAL stays: it says how often to measure, whatever the batch, as in the paper.
+        """
+        before = cfg.SOLVER.REFERENCE_WORLD_SIZE
+        cfg = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        if before in (0, num_workers) or "AGVM" not in cfg:
+            return cfg
+        frozen, scale = cfg.is_frozen(), before / num_workers
+        cfg.defrost()
+        for key in ("START_ITER", "STOP_ITER"):
+            if cfg.AGVM[key] > 0:
+                cfg.AGVM[key] = round(cfg.AGVM[key] * scale)
+        clip = cfg.SOLVER.CLIP_GRADIENTS
+        clip.ITER_RANGE = tuple(round(i * scale) for i in clip.ITER_RANGE)
+        if frozen:
+            cfg.freeze()
+        return cfg
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -106,6 +137,15 @@ class AGVMTrainerMixin(_Trainer):
         with _patched("build_detection_train_loader", build_train_loader):
             return super().build_train_loader(cfg)
 
+    def _refuse_own_run_step(self) -> None:
+        run_step = type(self).run_step
+        if run_step is not DefaultTrainer.run_step:
+            raise ValueError(
+                f"SOLVER.MICRO_BATCH_SIZE: this project's {run_step.__qualname__} makes each step "
+                "itself and does not know the key. Set it to 0 and train with several workers, or "
+                "use agvm_d2.trainer.MicroBatchTrainer in the project."
+            )
+
     def build_hooks(self) -> list[HookBase | None]:
         if type(self.checkpointer) is DetectionCheckpointer:
             stock = self.checkpointer
@@ -120,9 +160,13 @@ class AGVMTrainerMixin(_Trainer):
         if self.cfg.AGVM.ENABLED:
             # By type, not by index: rank 0 has more hooks than the other workers.
             place = [i for i, h in enumerate(built) if isinstance(h, hooks.LRScheduler)]
-            built.insert(
-                place[0] + 1 if place else 0, AGVMHook(self.cfg, self.model, self.optimizer)
-            )
+            hook = AGVMHook(self.cfg, self.model, self.optimizer)
+            built.insert(place[0] + 1 if place else 0, hook)
+            # A project's own checkpointer may hold the optimizer, not the trainer with its hooks.
+            saved = self.checkpointer.checkpointables
+            if not any(isinstance(part, TrainerBase) for part in saved.values()):
+                self.checkpointer.add_checkpointable("agvm", hook)
+                self.checkpointer.add_checkpointable("iteration_seeder", built[0])
         return built
 
     def load_state_dict(self, state_dict: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 import logging
+import math
 import weakref
 from typing import Any
 import torch
@@ -10,13 +11,21 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from ..norms import block_norms
-from ..validate import one_of
+from ..validate import is_number, one_of, require
 
 logger = logging.getLogger("detectron2.agvm_d2")
 
 CLIP_TYPES = ("value", "norm", "full_model")
 
 _SKIPPING: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # those that do so already
+
+
+def check_clip_value(key: str, value: float) -> None:
+    """
+    Raises:
+        ValueError: it is not a positive number.
+    """
+    require(is_number(value) and 0 < value < math.inf, key, value, "be positive")
 
 
 def clip_gradients(
@@ -33,13 +42,15 @@ def clip_gradients(
         iter_range: clip in iterations [first, last) only, those of Detectron2's EventStorage.
 
     Raises:
-        ValueError: an unknown type.
+        ValueError: an unknown type, or a value that is not positive.
     """
     one_of("clip_type", clip_type, CLIP_TYPES)
+    check_clip_value("clip_value", clip_value)
     # The order now, so that a norm has the same bits whether groups are split later or not.
     params = [p for group in optimizer.param_groups for p in group["params"]]
 
     def clip_now(*_: Any) -> None:
+        unscale(optimizer)
         if iter_range and not iter_range[0] <= get_event_storage().iter < iter_range[1]:
             return
         if all(p.grad is None for p in params):  # a skipped step
@@ -53,6 +64,19 @@ def clip_gradients(
             clip_grad_value_(params, clip_value)
 
     optimizer.register_step_pre_hook(clip_now)
+
+
+@torch.no_grad()
+def unscale(optimizer: torch.optim.Optimizer) -> None:
+    """With a GradScaler, a fused optimizer divides its gradients by the loss scale inside its step;
+    do so now, so that what runs before the step sees them as they are."""
+    scale = getattr(optimizer, "grad_scale", None)
+    if scale is not None:
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.grad.div_(scale.to(param.grad.device))
+        optimizer.grad_scale = None  # type: ignore[attr-defined]  # set by the GradScaler
 
 
 @torch.no_grad()
@@ -75,6 +99,7 @@ def skip_nonfinite_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
     @torch.no_grad()
     def skip_if_nonfinite(*_: Any) -> None:
         nonlocal skipped
+        unscale(optimizer)
         params = [p for group in optimizer.param_groups for p in group["params"]]
         grads = [p.grad for p in params if p.grad is not None]
         if not grads or _finite(grads):
