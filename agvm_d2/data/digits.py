@@ -220,7 +220,7 @@ def _draw(
     found: list[tuple[int, np.ndarray]] = []
     areas: list[int] = []
     for _ in range(int(rng.integers(2, 8))):
-        glyph, label = samples[rng.integers(len(samples))]
+        glyph, label = samples[int(rng.integers(len(samples)))]
         size = int(rng.integers(16, 49))  # with a margin of 1/10 on each side
         ink = np.zeros((SIZE, SIZE), np.float32)
         top, left = rng.integers(0, SIZE - size + 1, 2)
