@@ -2,7 +2,7 @@ import itertools
 import pytest
 import torch
 from detectron2.data.samplers import TrainingSampler
-from toy import toy_config
+from toy_d2 import toy_config
 
 from agvm_d2.d2.loader import BadImageError, ResumableLoader, build_train_loader
 

@@ -3,7 +3,7 @@
 import glob
 import os
 import pytest
-from test_train_net import ROOT, command
+from helpers import ROOT, command
 
 TWINS = [
     os.path.relpath(path, ROOT)
