@@ -50,10 +50,10 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(_DETECTRON2[name], __name__), name)
     except ModuleNotFoundError as error:
-        if error.name != "detectron2":
+        if error.name not in ("detectron2", "yaml"):  # PyYAML comes with Detectron2
             raise
         raise ModuleNotFoundError(
             f"agvm_d2.{name} needs Detectron2, which is not installed: "
             "pip install 'git+https://github.com/facebookresearch/detectron2.git'",
-            name=error.name,
+            name="detectron2",
         ) from error

@@ -40,6 +40,13 @@ def pairwise_moments(unit_sq: torch.Tensor, mean_sq: torch.Tensor, num_units: in
     return Moments(unit_sq, mean_sq, num_units, variance)
 
 
+NOT_SEEN = (
+    "AGVM did not see the averaged gradient: call AGVMHook.after_backward() (AGVM.backward_done()) "
+    "between backward() and clipping or optimizer.step(), as Detectron2's SimpleTrainer does, or "
+    "train in DistributedDataParallel with its communication hook free."
+)
+
+
 class GradientTap:
     """Measures the backward passes of one iteration: `start`, the passes, `collect`."""
 
@@ -245,10 +252,5 @@ class TensorTap(GradientTap):
 
     def local(self) -> tuple[torch.Tensor, int]:
         if self._mean_sq is None:
-            raise RuntimeError(
-                "AGVM did not see the averaged gradient: call AGVMHook.after_backward() "
-                "(AGVM.backward_done()) between backward() and clipping or optimizer.step(), as "
-                "Detectron2's SimpleTrainer does, or train in DistributedDataParallel with its "
-                "communication hook free."
-            )
+            raise RuntimeError(NOT_SEEN)
         return torch.stack([self._unit_sq, self._mean_sq]), self._num_units

@@ -22,8 +22,8 @@ def require_hooks(optimizer: torch.optim.Optimizer) -> None:
         optimizer.register_load_state_dict_pre_hook(lambda *_: None).remove()
     except AttributeError:
         raise TypeError(
-            f"The optimizer {type(optimizer).__name__} has no hooks of its own: a wrapper that does "
-            "not call Optimizer.__init__. Give agvm_d2 the optimizer inside it, then wrap that."
+            f"The optimizer {type(optimizer).__name__} has no hooks of its own: a wrapper which "
+            "does not call Optimizer.__init__. Give agvm_d2 the one inside it, then wrap that."
         ) from None
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .modules import uncompiled
-from .moments import BucketTap, CommHook, GradientTap, Moments
+from .moments import NOT_SEEN, BucketTap, CommHook, GradientTap, Moments
 from .norms import Modules
 from .precondition import Precondition
 from .variance import split_variance
@@ -118,7 +118,7 @@ class SplitMicroBatchTap(GradientTap):
 
     def local(self) -> tuple[torch.Tensor, int]:
         if self._rows is None:
-            raise RuntimeError("AGVM did not see the averaged gradient: see AGVM.backward_done().")
+            raise RuntimeError(NOT_SEEN)
         return self._rows, self._num_units
 
     def moments(self, rows: torch.Tensor, num_units: int) -> Moments:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 import atexit
+import logging
 import os
+import pathlib
 import queue
 import shutil
 import socket
@@ -19,6 +21,18 @@ if "AGVM_TEST_DATASETS" not in os.environ:
 os.environ["DETECTRON2_DATASETS"] = DATASETS = os.environ["AGVM_TEST_DATASETS"]
 
 TIMEOUT = 1800  # s; against a hang, also on a busy machine
+
+TESTS = pathlib.Path(__file__).parent
+sys.path.insert(0, str(TESTS.parent))  # train_net
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """Several processes, a real detector or the command line: an integration test."""
+    for item in items:
+        in_folder = TESTS / "integration" in item.path.parents
+        if in_folder or {"workers", "digits"} & set(item.fixturenames):
+            item.add_marker("integration")
 
 
 @pytest.fixture(scope="session")
@@ -104,8 +118,6 @@ def workers():
 @pytest.fixture
 def d2_log(caplog):
     """Text of what was logged; Detectron2's logger may have been cut from the root by a set-up."""
-    import logging
-
     logger = logging.getLogger("detectron2")
     propagate, level = logger.propagate, logger.level
     logger.propagate = True
@@ -114,6 +126,3 @@ def d2_log(caplog):
     yield caplog
     logger.propagate = propagate
     logger.setLevel(level)
-
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # train_net

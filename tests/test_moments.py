@@ -5,74 +5,27 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
-from toy import ToyDetector, batch, loss, parameter_names
+from toy import ToyDetector, batch, ddp_moments, loss, parameter_names, same_bits, vectors
 
 from agvm_d2.agvm import build_tap
 from agvm_d2.modules import assign_modules
 from agvm_d2.moments import BucketTap, TensorTap
-from agvm_d2.norms import BLOCK, block_norms
 from agvm_d2.precondition import preconditioner
 from agvm_d2.split import SplitBucketTap
 from agvm_d2.variance import pairwise_variance
 
 
 def expected(model, units, weights=None) -> dict[str, tuple[float, float]]:
-    gradients = reference.unit_gradients(model, loss, units)
-    return {
-        module: reference.moments(reference.flatten(gradients, names), weights)
-        for module, names in parameter_names(model).items()
-    }
+    return {m: reference.moments(v, weights) for m, v in vectors(model, units).items()}
 
 
 def assert_equal(moments, wanted, rel=1e-5):
     for i, (s1, s2) in enumerate(wanted.values()):
         assert float(moments.unit_sq[i]) == pytest.approx(s1, rel=rel)
         assert float(moments.mean_sq[i]) == pytest.approx(s2, rel=rel)
-
-
-# Norms
-
-
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        torch.arange(7.0),
-        torch.ones(BLOCK),
-        torch.ones(2 * BLOCK + 5),
-        torch.ones(3, 4, 5, 6).to(memory_format=torch.channels_last),
-        torch.ones(5, 6).t(),
-        torch.ones(10, 10)[:, ::2],
-        torch.full((8,), 1000.0, dtype=torch.float16),  # its square overflows float16
-        torch.ones(4, dtype=torch.bfloat16),
-        torch.ones(4, dtype=torch.float64),
-        torch.tensor(3.0),
-        torch.ones(0),
-    ],
-    ids=str,
-)
-def test_block_norms_of_one(tensor):
-    total = sum(n.double().square().sum() for n in block_norms([tensor])[0])
-    assert float(total) == pytest.approx(float(tensor.double().square().sum()), rel=1e-6)
-
-
-def test_block_norms_keep_the_order_of_a_mixed_list():
-    tensors = [
-        torch.full((n,), value)
-        for n, value in ((3, 3.0), (BLOCK + 1, 2.0), (1, 1.0), (0, 9.0), (4, 4.0))
-    ]
-    found = [sum(n.double().square().sum() for n in norms) for norms in block_norms(tensors)]
-    assert [float(f) for f in found] == pytest.approx([27, 4 * (BLOCK + 1), 1, 0, 64], rel=1e-6)
-    assert block_norms([]) == []
-
-
-def test_block_norms_are_exact_to_1e6_at_40_million():
-    torch.manual_seed(0)
-    tensor = torch.randn(40_000_000).mul_(1e-3)
-    exact = sum(float(part.double().square().sum()) for part in tensor.split(1_000_000))
-    total = sum(n.double().square().sum() for n in block_norms([tensor])[0])
-    assert float(total) == pytest.approx(exact, rel=1e-6)
 
 
 # One process
@@ -104,11 +57,18 @@ def test_unequal_micro_batches_leave_the_noise_unbiased():
     # Gradients with mean 0.5 and variance 1 an image in 200 dimensions, units of 6, 1 and 1 images:
     # E[S1 - S2] = (K - 1) tr(Sigma)/batch = 2 * 200/8 = 50.
     g = torch.Generator().manual_seed(0)
-    sizes, total = (6, 1, 1), 0.0
+    param, total = nn.Parameter(torch.zeros(200, dtype=torch.float64)), 0.0
+    tap = TensorTap({"all": [param]})
     for _ in range(500):
-        units = [0.5 + torch.randn(200, generator=g).double() / n**0.5 for n in sizes]
-        s1, s2 = reference.moments(units, [n / 8 for n in sizes])
-        total += (s1 - s2) / 500
+        tap.start()
+        param.grad = None
+        for images in (6, 1, 1):
+            unit = 0.5 + torch.randn(200, generator=g, dtype=torch.float64) / images**0.5
+            ((param * unit).sum() * images / 8).backward()
+            tap.unit_done(images / 8)
+        tap.average_done()
+        moments = tap.collect()
+        total += float(moments.unit_sq - moments.mean_sq) / 500
     assert total == pytest.approx(50, rel=0.02)
 
 
@@ -173,21 +133,6 @@ def test_adam_moments_are_of_the_preconditioned_gradients(kind):
 # Workers
 
 
-def _ddp_moments(options, make_tap, units, steps=3):
-    """In a worker: a few measured steps (the first rebuilds buckets); the last one's moments."""
-    rank = dist.get_rank()
-    model = ToyDetector(width=32)
-    ddp = DistributedDataParallel(model, **{"bucket_cap_mb": 0.002, **options})
-    tap = make_tap(ddp, assign_modules(model))
-    for _ in range(steps):
-        tap.start()
-        ddp.zero_grad()
-        loss(ddp, units[rank]).backward()
-        tap.average_done()
-        moments = tap.collect()
-    return moments, type(tap).__name__
-
-
 def _bucket_tap(ddp, modules):
     return BucketTap(ddp, modules)
 
@@ -201,20 +146,12 @@ def _taken_slot(ddp, modules):
     return build_tap(ddp, modules)
 
 
-def same_bits(results):
-    first = results[0]
-    return all(
-        torch.equal(r.unit_sq, first.unit_sq) and torch.equal(r.mean_sq, first.mean_sq)
-        for r in results[1:]
-    )
-
-
 @pytest.mark.parametrize("make_tap", [_bucket_tap, _taken_slot])
 def test_the_bits_do_not_depend_on_the_buckets(workers, make_tap):
     """A resumed run may lay them out differently."""
     units = [batch(4, seed=rank) for rank in range(2)]
     found = [
-        workers(2).run(_ddp_moments, {"bucket_cap_mb": size}, make_tap, units)[0][0]
+        workers(2).run(functools.partial(ddp_moments, bucket_cap_mb=size), make_tap, units)[0][0]
         for size in (0.0005, 0.003, 25)
     ]
     assert same_bits(found)
@@ -233,7 +170,7 @@ def test_the_bits_do_not_depend_on_the_buckets(workers, make_tap):
 )
 def test_workers_equal_reference_with_the_same_bits(workers, num, options):
     units = [batch(4, seed=rank) for rank in range(num)]
-    results = workers(num).run(_ddp_moments, options, _bucket_tap, units)
+    results = workers(num).run(functools.partial(ddp_moments, **options), _bucket_tap, units)
     moments = [m for m, _ in results]
     assert same_bits(moments)
     assert moments[0].num_units == num
@@ -245,55 +182,21 @@ def test_workers_equal_reference_with_the_same_bits(workers, num, options):
 )
 def test_a_taken_hook_slot_falls_back_to_tensor_hooks(workers, make, kind):
     units = [batch(4, seed=rank) for rank in range(2)]
-    results = workers(2).run(_ddp_moments, {}, make, units)
+    results = workers(2).run(ddp_moments, make, units)
     assert [k for _, k in results] == [kind, kind]
     assert same_bits([m for m, _ in results])
     assert_equal(results[0][0], expected(ToyDetector(width=32), units))
 
 
-def _split_tap(ddp, modules):
-    return build_tap(ddp, modules, split=True)
+def _compressed(tap_class, ddp, modules):
+    return tap_class(ddp, modules, inner=(None, default_hooks.fp16_compress_hook))
 
 
-def _compressed(split, ddp, modules):
-    return (SplitBucketTap if split else BucketTap)(
-        ddp, modules, inner=(None, default_hooks.fp16_compress_hook)
-    )
-
-
-@pytest.mark.parametrize("num", [2, 3, 4])
-def test_split_equals_the_literal_formula_on_gathered_gradients(workers, num):
-    units = [batch(4, seed=rank) for rank in range(num)]
-    results = [m for m, _ in workers(num).run(_ddp_moments, {}, _split_tap, units)]
-    assert same_bits(results) and results[0].num_units == 2
-    model = ToyDetector(width=32)
-    gradients = reference.unit_gradients(model, loss, units)
-    cut = (num + 1) // 2  # the first half has one more of an odd number
-    for i, names in enumerate(parameter_names(model).values()):
-        vectors = reference.flatten(gradients, names)
-        wanted = reference.split_variance(vectors[:cut], vectors[cut:])
-        assert float(results[0].variance[i]) == pytest.approx(wanted, abs=1e-5)
-
-
-def test_split_needs_the_hook_slot(workers):
-    results = workers(2).run(_split_with_a_taken_slot)
-    assert all("comm_hook=(state, hook)" in message for message in results)
-
-
-def _split_with_a_taken_slot():
-    ddp = DistributedDataParallel(ToyDetector())
-    ddp.register_comm_hook(ddp.process_group, default_hooks.allreduce_hook)
-    try:
-        build_tap(ddp, assign_modules(ddp), split=True)
-    except ValueError as error:
-        return str(error)
-
-
-@pytest.mark.parametrize("split", [False, True])
-def test_half_precision_compression_composes(workers, split):
+@pytest.mark.parametrize("tap_class", [BucketTap, SplitBucketTap])
+def test_half_precision_compression_composes(workers, tap_class):
     units = [batch(4, seed=rank) for rank in range(2)]
-    make = functools.partial(_compressed, split)
-    results = [m for m, _ in workers(2).run(_ddp_moments, {}, make, units)]
+    make = functools.partial(_compressed, tap_class)
+    results = [m for m, _ in workers(2).run(ddp_moments, make, units)]
     assert same_bits(results)
     # S1 is of the float32 gradients, S2 of what was averaged in float16.
     wanted = expected(ToyDetector(width=32), units)
@@ -551,9 +454,3 @@ def test_no_sync_accumulation_of_another_loop_is_one_unit_a_worker(workers):
     results = workers(2).run(_accumulated_without_the_trainer, units)
     assert results[0].num_units == 2
     assert_equal(results[0], expected(ToyDetector(), units))
-
-
-def test_split_over_workers_asks_for_ddp():
-    model = ToyDetector()
-    with pytest.raises(ValueError, match="not inside DistributedDataParallel"):
-        build_tap(model, assign_modules(model), micro_batches=1, split=True)

@@ -1,11 +1,14 @@
-"""A toy detector: Detectron2's calling convention and module names, a few hundred parameters."""
+"""A toy detector: Detectron2's calling convention and module names, a few hundred parameters.
+Without Detectron2; `toy_d2` trains it there."""
 
 from __future__ import annotations
+import reference
 import torch
-from detectron2.config import get_cfg
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from agvm_d2 import AGVMTrainer, add_agvm_config
+from agvm_d2.modules import assign_modules
 
 MODULES = ("backbone", "fpn", "rpn", "box_head")
 IMAGE = 6
@@ -63,66 +66,43 @@ def parameter_names(model) -> dict[str, list[str]]:
     return {m: [n for n in names if n.startswith(p)] for m, p in prefixes.items()}
 
 
-def toy_config(output_dir, **options):
-    """A config for ToyTrainer; options as SOLVER__BASE_LR=0.1."""
-    cfg = get_cfg()
-    add_agvm_config(cfg)
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.WEIGHTS = ""
-    cfg.OUTPUT_DIR = str(output_dir)
-    cfg.SOLVER.IMS_PER_BATCH = 8
-    cfg.SOLVER.BASE_LR = 0.05
-    cfg.SOLVER.MAX_ITER = 10
-    cfg.SOLVER.WARMUP_ITERS = 0
-    cfg.SOLVER.STEPS = ()
-    cfg.SOLVER.CHECKPOINT_PERIOD = 1000
-    cfg.DATASETS.TEST = ()
-    cfg.AGVM.START_ITER = 2
-    cfg.AGVM.INTERVAL = 2
-    cfg.AGVM.MOMENTUM = 0.5
-    cfg.merge_from_list([x for k, v in options.items() for x in (k.replace("__", "."), v)])
-    return cfg
+def vectors(model, units, loss_of=loss) -> dict[str, list[torch.Tensor]]:
+    """Module -> one gradient a unit, as a vector, by the reference."""
+    gradients = reference.unit_gradients(model, loss_of, units)
+    return {m: reference.flatten(gradients, n) for m, n in parameter_names(model).items()}
 
 
-class ToyLoader:
-    """Batch i is a function of i alone; each worker takes its share. No end."""
-
-    def __init__(self, size: int, rank: int = 0, num_workers: int = 1):
-        self.size, self.rank, self.num_workers = size, rank, num_workers
-
-    def __iter__(self):
-        i, share = 0, self.size // self.num_workers
-        while True:
-            yield batch(self.size, seed=1000 + i)[self.rank * share :][:share]
-            i += 1
+def factors(model, units, old=None, momentum=0.5, ratio_range=(0.5, 10.0), loss_of=loss) -> dict:
+    """One update of each module's LR factor by the reference, from 1 or from `old`."""
+    found = vectors(model, units, loss_of)
+    variances = {m: reference.pairwise_variance(v) for m, v in found.items()}
+    return reference.factors(
+        old or dict.fromkeys(MODULES, 1.0), variances, "backbone", momentum, ratio_range
+    )
 
 
-class ToyTrainer(AGVMTrainer):
-    @classmethod
-    def build_model(cls, cfg):
-        return ToyDetector()
-
-    @classmethod
-    def build_train_loader(cls, cfg):
-        from detectron2.utils import comm
-
-        return ToyLoader(cfg.SOLVER.IMS_PER_BATCH, comm.get_rank(), comm.get_world_size())
-
-
-def train(cfg, trainer_class=ToyTrainer, resume: bool = False):
-    trainer = trainer_class(cfg)
-    trainer.resume_or_load(resume=resume)
-    trainer.train()
-    return trainer
+def ddp_moments(make_tap, units, steps: int = 3, **options):
+    """In a worker, whose unit is the one of its rank: a few measured steps, of which the first
+    rebuilds the buckets; the last one's moments, and the tap's class."""
+    ddp = DistributedDataParallel(ToyDetector(width=32), **{"bucket_cap_mb": 0.002, **options})
+    tap = make_tap(ddp, assign_modules(ddp))
+    for _ in range(steps):
+        tap.start()
+        ddp.zero_grad()
+        loss(ddp, units[dist.get_rank()]).backward()
+        tap.average_done()
+        moments = tap.collect()
+    return moments, type(tap).__name__
 
 
-def weights(trainer) -> dict[str, torch.Tensor]:
-    from agvm_d2.modules import unwrap
+def same_bits(moments) -> bool:
+    """Have all workers the same?"""
+    first, *others = moments
+    return all(torch.equal(x, y) for m in others for x, y in zip(m[:2], first[:2]))
 
-    return {k: v.clone() for k, v in unwrap(trainer.model).state_dict().items()}
 
+def __getattr__(name: str):
+    """What needs Detectron2 (`toy_d2`), where it is asked for."""
+    import toy_d2
 
-def agvm_hook(trainer):
-    from agvm_d2 import AGVMHook
-
-    return next(h for h in trainer._hooks if isinstance(h, AGVMHook))
+    return getattr(toy_d2, name)

@@ -58,12 +58,28 @@ def test_boxes_and_polygons_bound_the_same_pixels(made):
             assert len(rows) >= 0.8 * annotation["area"]  # holes are filled in polygons
 
 
-def test_train_and_val_share_no_source():
+def test_train_and_val_share_no_source(tmp_path, monkeypatch):
+    """By what is drawn from, as bytes: the handwriting and the photographs' columns."""
     from sklearn.datasets import load_digits
 
-    images = load_digits().images.astype(np.uint8)
-    train = {i.tobytes() for i in images[: data.TRAIN_DIGITS]}
-    assert not train & {i.tobytes() for i in images[data.TRAIN_DIGITS :]}
+    given = []
+
+    def draw(rng, photos, samples):
+        given.append((photos, samples))
+        return real(rng, photos, samples)
+
+    real = data._draw
+    monkeypatch.setattr(data, "_draw", draw)
+    data.make(str(tmp_path / "digits"), {"train": 1, "val": 1})
+    (train_photos, train), (val_photos, val) = given
+    sources = load_digits()
+    assert len(train) == data.TRAIN_DIGITS and len(train) + len(val) == len(sources.images)
+    assert [label for _, label in train + val] == sources.target.tolist()
+    assert not {g.tobytes() for g, _ in train} & {g.tobytes() for g, _ in val}
+    for one, other in zip(train_photos, val_photos, strict=True):
+        columns = [{p[:, i].tobytes() for i in range(p.shape[1])} for p in (one, other)]
+        assert len(columns[0]) > 3 * len(columns[1]) - 10 > 100  # three quarters and one
+        assert not columns[0] & columns[1]
 
 
 def test_pictures_are_96_pixel_rgb(made):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from toy import ToyDetector
+from toy_d2 import ToyTrainer, toy_config
 
 from agvm_d2.d2.checkpoint import AtomicCheckpointer
 
@@ -41,13 +42,25 @@ def test_a_failed_write_keeps_the_last_one(saved, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0.pth"]
 
 
-def test_a_full_disk():
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("num_extra", [0, 10**6])  # less than a file's buffer, and more
+def test_a_full_disk(saved, tmp_path, num_extra):
     """/dev/full answers each write as a full disk does."""
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full here")
-    with open("/dev/full", "wb", buffering=0) as f:
-        with pytest.raises((OSError, RuntimeError)):  # what _write catches
-            torch.save({"model": torch.zeros(10**6)}, f)
+    part = tmp_path / "model_1.pth.part"
+    part.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="model_1.pth' cannot be written .*model_0.pth. Make room"):
+        saved.save("model_1", extra=torch.zeros(num_extra))
+    assert whole(tmp_path)["iteration"] == 0
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0.pth"]
+
+
+def test_a_full_disk_for_the_last_name_only(saved, tmp_path):
+    (tmp_path / "last_checkpoint.part").symlink_to(tmp_path / "no" / "such")
+    with pytest.raises(
+        OSError, match="last_checkpoint' cannot be written .*model_0.pth. Make room"
+    ):
+        saved.save("model_1")
+    assert whole(tmp_path)["iteration"] == 0
 
 
 def test_weights_with_nan_are_not_saved(saved, tmp_path):
@@ -101,3 +114,20 @@ def test_a_torn_file_is_named(tmp_path):
     (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04 torn")
     with pytest.raises(ValueError, match="torn.pth' cannot be read"):
         AtomicCheckpointer(ToyDetector()).load(str(tmp_path / "torn.pth"))
+
+
+def test_a_state_under_the_seeders_old_name_is_found(tmp_path):
+    """Hooks are saved by their class, which was RandomState before version 0.2."""
+    trainer = ToyTrainer(toy_config(tmp_path, SEED=7, SOLVER__MAX_ITER=3))
+    trainer.train()
+    path = tmp_path / "model_final.pth"
+    saved = torch.load(path, weights_only=True)
+    hooks = saved["trainer"]["hooks"]
+    assert hooks["IterationSeeder"] == {"seed": 7, "workers": 1}
+    hooks["RandomState"] = hooks.pop("IterationSeeder")
+    torch.save(saved, path)
+
+    resumed = ToyTrainer(toy_config(tmp_path, SEED=9))
+    assert resumed.state_dict()["hooks"]["IterationSeeder"]["seed"] == 9
+    resumed.resume_or_load(resume=True)
+    assert resumed.state_dict()["hooks"]["IterationSeeder"] == {"seed": 7, "workers": 1}

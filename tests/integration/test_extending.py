@@ -10,15 +10,10 @@ import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
+from helpers import RCNN_BASE, ROOT, VITDET
 
 import agvm_d2.data  # noqa: F401
 from agvm_d2.d2 import lazy
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-DIGITS = os.path.join(ROOT, "configs/Base-RCNN-FPN-Digits.yaml")
-LAZY = os.path.join(
-    ROOT, "configs/Digits-InstanceSegmentation/mask_rcnn_vitdet_thin_6ep_bs16_agvm.py"
-)
 
 
 def code(heading: str) -> str:
@@ -33,7 +28,7 @@ def code(heading: str) -> str:
 def config(folder):
     """A stock config of a small project, without this package's keys."""
     cfg = get_cfg()
-    given = CfgNode.load_yaml_with_base(DIGITS)
+    given = CfgNode.load_yaml_with_base(RCNN_BASE)
     for key in ("MODEL", "DATASETS", "INPUT"):
         cfg[key].merge_from_other_cfg(CfgNode(given[key]))
     cfg.SOLVER.IMS_PER_BATCH = 4
@@ -72,7 +67,7 @@ def run_in_worker(heading: str, folder: str, kind: str) -> None:
         exec(code(heading), {"cfg": cfg, "model": build_model(cfg)})
     else:
         cfg = lazy.load(
-            LAZY,
+            VITDET,
             [
                 f"train.output_dir={folder}", "train.max_iter=3",
                 "dataloader.train.total_batch_size=4", "dataloader.train.num_workers=0",

@@ -4,15 +4,16 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
-from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
-from toy import MODULES, ToyDetector, ToyLoader, batch, loss, parameter_names
+from toy import ToyDetector, batch, factors, loss, same_bits, vectors
+from toy_d2 import ToyLoader
 
-from agvm_d2 import AGVMHook, split_param_groups
+from agvm_d2 import AGVM, AGVMHook, Settings, split_param_groups
 from agvm_d2.d2.micro_batches import MicroBatchTrainer
 from agvm_d2.modules import assign_modules
 from agvm_d2.moments import BucketTap
 from agvm_d2.norms import block_norms
+from agvm_d2.split import SplitBucketTap
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -48,31 +49,23 @@ def test_micro_batches_with_a_grad_scaler(precision, fused):
 def test_factors_equal_the_reference():
     model = ToyDetector()
     units = [batch(4, seed=0), batch(4, seed=1)]
-    gradients = reference.unit_gradients(model, loss, units)
-    variances = {
-        m: reference.pairwise_variance(reference.flatten(gradients, names))
-        for m, names in parameter_names(model).items()
-    }
-    wanted = reference.factors(dict.fromkeys(MODULES, 1.0), variances, "backbone", 0.5, (0.5, 10))
+    wanted = factors(model, units)
     model.cuda()
     optimizer = split_param_groups(torch.optim.SGD(model.parameters(), lr=0.1), model)
-    hook = AGVMHook(model, optimizer, interval=1, micro_batches=2, momentum=0.5)
-    hook.before_train()
-    with EventStorage(0):
-        hook.before_step()
-        for unit in units:
-            (loss(model, unit) / 2).backward()
-            hook.after_micro_batch(0.5)
-        hook.after_backward()
-        optimizer.step()
-        hook.after_step()
-    assert hook.modulator.factors.tolist() == pytest.approx(list(wanted.values()), rel=1e-4)
+    agvm = AGVM(model, optimizer, Settings(momentum=0.5), micro_batches=2)
+    agvm.begin(0)
+    for unit in units:
+        (loss(model, unit) / 2).backward()
+        agvm.micro_batch_done(0.5)
+    agvm.backward_done()
+    optimizer.step()
+    agvm.end()
+    assert agvm.modulator.factors.tolist() == pytest.approx(list(wanted.values()), rel=1e-4)
 
 
-def _two_workers_on_one_gpu(units, split):
-    model = ToyDetector(width=32).cuda()
-    ddp = DistributedDataParallel(model, bucket_cap_mb=0.002)
-    tap = BucketTap(ddp, assign_modules(model), split=split)
+def _two_workers_on_one_gpu(units, tap_class):
+    ddp = DistributedDataParallel(ToyDetector(width=32).cuda(), bucket_cap_mb=0.002)
+    tap = tap_class(ddp, assign_modules(ddp))
     for _ in range(3):
         tap.start()
         ddp.zero_grad()
@@ -81,13 +74,12 @@ def _two_workers_on_one_gpu(units, split):
     return moments
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_two_workers(workers, split):
+@pytest.mark.parametrize("tap_class", [BucketTap, SplitBucketTap])
+def test_two_workers(workers, tap_class):
     units = [batch(4, seed=rank) for rank in range(2)]
-    results = workers(2).run(_two_workers_on_one_gpu, units, split)
-    assert torch.equal(results[0].unit_sq, results[1].unit_sq)
-    gradients = reference.unit_gradients(ToyDetector(width=32), loss, units)
-    for i, names in enumerate(parameter_names(ToyDetector()).values()):
-        s1, s2 = reference.moments(reference.flatten(gradients, names))
+    results = workers(2).run(_two_workers_on_one_gpu, units, tap_class)
+    assert same_bits(results)
+    for i, found in enumerate(vectors(ToyDetector(width=32), units).values()):
+        s1, s2 = reference.moments(found)
         assert float(results[0].unit_sq[i]) == pytest.approx(s1, rel=1e-4)
         assert float(results[0].mean_sq[i]) == pytest.approx(s2, rel=1e-4)

@@ -2,7 +2,7 @@ import itertools
 import pytest
 import torch
 from detectron2.data.samplers import TrainingSampler
-from toy import toy_config
+from toy_d2 import toy_config
 
 from agvm_d2.d2.loader import BadImageError, ResumableLoader, build_train_loader
 
@@ -98,6 +98,11 @@ def test_a_bad_image_is_skipped_named_and_counted(d2_log):
     again = make(mapper=bad_at_4, on_bad_image="skip")
     again.seek(4, 5)
     assert first(again, 3) == first(make(mapper=bad_at_4, on_bad_image="skip"), 7)[4:]
+
+
+def test_any_other_word_for_skip_is_refused():
+    with pytest.raises(ValueError, match="on_bad_image: found 'Stop', .*one of stop, skip"):
+        make(on_bad_image="Stop")
 
 
 def test_nothing_but_bad_images_is_an_error():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import build_model
+from helpers import ROOT
 
 from agvm_d2 import add_agvm_config, build_optimizer
 from agvm_d2.d2 import lazy
@@ -15,7 +16,6 @@ from agvm_d2.d2.checks import check_config
 from agvm_d2.modules import assign_modules, unwrap
 from agvm_d2.solver import build_lr_scheduler, split_param_groups
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FILES = [
     os.path.relpath(path, ROOT)
     for path in sorted(glob.glob(os.path.join(ROOT, "configs", "*", "*")))

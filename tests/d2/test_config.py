@@ -1,0 +1,43 @@
+import pytest
+from detectron2.config import get_cfg
+
+from agvm_d2.d2.config import add_agvm_config, read_config
+
+
+def test_read_config_takes_values_that_are_not_strings(tmp_path):
+    (tmp_path / "c.yaml").write_text("SEED: 1")
+    cfg = read_config(str(tmp_path / "c.yaml"), ["SEED", 2, "SOLVER.STEPS", (3,)])
+    assert (cfg.SEED, cfg.SOLVER.STEPS) == (2, (3,))
+
+
+def test_a_projects_own_optimizer_key_is_kept():
+    cfg = get_cfg()
+    cfg.SOLVER.OPTIMIZER = "ADAMW"
+    add_agvm_config(cfg)
+    assert cfg.SOLVER.OPTIMIZER == "ADAMW"
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["AGVM.MODES", "monitor"], "config: Non-existent key: AGVM.MODES"),
+        (["AGVM.INTERVAL", "ten"], "AGVM.INTERVAL: found ten of type str, .*of type int"),
+        (["SOLVER.CLIP_GRADIENTS", "3"], "SOLVER.CLIP_GRADIENTS: found 3 .*a group of keys"),
+        (["AGVM.INTERVAL", "5", "--num-gpus", "2"], "--num-gpus: flags go before the KEY VALUE"),
+    ],
+)
+def test_bad_options(opts, message, tmp_path):
+    (tmp_path / "c.yaml").write_text("SEED: 1")
+    with pytest.raises(ValueError, match=message):
+        read_config(str(tmp_path / "c.yaml"), opts)
+
+
+def test_no_config_file():
+    with pytest.raises(FileNotFoundError, match="--config-file: 'no.yaml' is not a file"):
+        read_config("no.yaml", [])
+
+
+def test_a_config_file_that_is_not_yaml(tmp_path):
+    (tmp_path / "c.yaml").write_text("SOLVER: [1")
+    with pytest.raises(ValueError, match="--config-file: .*c.yaml' is not YAML"):
+        read_config(str(tmp_path / "c.yaml"), [])

@@ -1,0 +1,217 @@
+"""AGVMHook's events, without a trainer."""
+
+import re
+import bad_values
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.solver import LRMultiplier
+from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.utils.events import EventStorage
+from fvcore.common.param_scheduler import LinearParamScheduler
+from toy import MODULES, ToyDetector, batch, factors, loss
+from toy_d2 import toy_config
+
+from agvm_d2 import AGVMHook, split_param_groups
+
+
+def sgd(model, lr=0.1, **kwargs):
+    return split_param_groups(torch.optim.SGD(model.parameters(), lr=lr, **kwargs), model)
+
+
+def make_hook(model, optimizer, **kwargs):
+    options = {"micro_batches": 2, "momentum": 0.5, "interval": 1, **kwargs}
+    hook = AGVMHook(model, optimizer, **options)
+    hook.before_train()
+    return hook
+
+
+def units(iteration):
+    return [batch(4, seed=10 * iteration + half) for half in (0, 1)]
+
+
+def step(hook, model, optimizer, iteration=0):
+    """One iteration of a plain loop with two micro-batches."""
+    hook.before_step()
+    optimizer.zero_grad()
+    for unit in units(iteration):
+        (loss(model, unit) / 2).backward()
+        hook.after_micro_batch(0.5)
+    hook.after_backward()
+    optimizer.step()
+    hook.after_step()
+
+
+def run(model, optimizer, steps=3, **kwargs):
+    """Train; the hook and what the reference says its factors are."""
+    hook, wanted = make_hook(model, optimizer, **kwargs), dict.fromkeys(MODULES, 1.0)
+    with EventStorage(0) as storage:
+        for i in range(steps):
+            if hook.modulator.due(i):
+                wanted = factors(model, units(i), wanted)
+            step(hook, model, optimizer, i)
+            storage.step()
+    return hook, list(wanted.values())
+
+
+def test_a_loop_without_a_trainer_counts_by_its_event_storage():
+    model = ToyDetector()
+    hook, wanted = run(model, sgd(model), steps=4, interval=2, start_iter=1)
+    assert hook.modulator.factors.tolist() == pytest.approx(wanted, rel=1e-5) != [1.0] * 4
+
+
+def clipped_sgd(model, built_before: bool, per_class: bool):
+    """Detectron2's clipping subclass, with and without a plain SGD built earlier."""
+    cfg = get_cfg()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1e9
+    if built_before:
+        torch.optim.SGD(ToyDetector().parameters(), lr=1.0)
+    if per_class:
+        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.SGD)(model.parameters(), lr=0.1)
+    else:
+        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.SGD(model.parameters(), lr=0.1))
+    return split_param_groups(optimizer, model)
+
+
+@pytest.mark.parametrize("built_before", [False, True])
+@pytest.mark.parametrize("per_class", [False, True])
+def test_a_step_pre_hook_that_fires_twice_scales_once(built_before, per_class):
+    plain, clipped = ToyDetector(), ToyDetector()
+    optimizer = clipped_sgd(clipped, built_before, per_class)
+    fired = []
+    optimizer.register_step_pre_hook(lambda *_: fired.append(1))
+    _, wanted = run(plain, sgd(plain))
+    hook, _ = run(clipped, optimizer)
+    if built_before and per_class:
+        assert len(fired) == 6  # the trap: twice in each of three steps
+    assert hook.modulator.factors.tolist() == pytest.approx(wanted, rel=1e-5)
+    for a, b in zip(plain.parameters(), clipped.parameters()):
+        torch.testing.assert_close(a, b)
+    assert {g["lr"] for g in optimizer.param_groups} == {0.1}
+
+
+def test_the_scheduler_never_sees_the_factors():
+    model = ToyDetector()
+    optimizer = sgd(model, lr=1.0)
+    schedule = LRMultiplier(optimizer, LinearParamScheduler(1.0, 0.5), max_iter=10)
+    hook = make_hook(model, optimizer)
+    with EventStorage(0) as storage:
+        for i in range(5):
+            step(hook, model, optimizer, i)
+            schedule.step()
+            storage.step()
+    assert {g["lr"] for g in optimizer.param_groups} == {1.0 * (1 - 0.5 * 5 / 10)}
+    assert schedule.base_lrs == [1.0] * 4
+
+
+def test_after_train_puts_the_lr_back_where_a_step_raised():
+    model = ToyDetector()
+    optimizer = sgd(model, lr=0.1)
+    hook = make_hook(model, optimizer)
+    optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    with EventStorage(0):
+        with pytest.raises(ZeroDivisionError):
+            step(hook, model, optimizer)
+        assert len({g["lr"] for g in optimizer.param_groups}) > 1
+        hook.after_train()  # TrainerBase calls it in `finally`
+    assert {g["lr"] for g in optimizer.param_groups} == {0.1}
+
+
+def test_scalars_and_the_line_in_the_log(d2_log):
+    model = ToyDetector()
+    optimizer = sgd(model)
+    hook = make_hook(model, optimizer, batch_size=8, log_period=2)
+    with EventStorage(0) as storage:
+        for i in range(2):
+            step(hook, model, optimizer, i)
+            latest = storage.latest()
+            storage.step()
+    for i, name in enumerate(MODULES):
+        assert latest[f"agvm/variance/{name}"][0] == hook.modulator.variance[i].item()
+        assert latest[f"agvm/lr_scale/{name}"][0] == hook.modulator.factors[i].item()
+        value, iteration = latest.get(f"agvm/noise_scale/{name}", (None, -1))
+        if iteration == 1:  # not where it was not measurable
+            assert value == hook.noise_scale()[name]
+    assert any("noise_scale" in name for name in latest)
+    lines = [r.getMessage() for r in d2_log.records if "variance and LR factor" in r.getMessage()]
+    assert len(lines) == 1 and all(name in lines[0] for name in MODULES)
+
+
+def test_scalars_are_written_where_an_iteration_was_measured():
+    model = ToyDetector()
+    optimizer = sgd(model)
+    hook = make_hook(model, optimizer, interval=2)
+    with EventStorage(0) as storage:
+        for i in range(3):
+            step(hook, model, optimizer, i)
+            storage.step()
+        assert [i for _, i in storage.history("agvm/variance/fpn").values()] == [0, 2]
+
+
+def test_the_log_line_ends_with_the_factors(d2_log):
+    model = ToyDetector()
+    optimizer = sgd(model)
+    hook = make_hook(model, optimizer, stop_iter=2, log_period=1, mode="monitor")
+    with EventStorage(0) as storage:
+        for i in range(4):
+            step(hook, model, optimizer, i)
+            storage.step()
+    assert d2_log.text.count("variance and LR factor, not used,") == 2
+
+
+def test_trained_twice_by_one_trainer_keeps_working():
+    model = ToyDetector()
+    optimizer = sgd(model)
+    hook, _ = run(model, optimizer)
+    hook.after_train()
+    assert not optimizer._optimizer_step_pre_hooks
+    before = hook.modulator.factors.clone()
+    hook.before_train()
+    with EventStorage(0):
+        step(hook, model, optimizer, 5)
+    assert not torch.equal(before, hook.modulator.factors)
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+
+
+# Settings
+
+
+def test_from_config(tmp_path):
+    model = ToyDetector()
+    cfg = toy_config(
+        tmp_path, AGVM__START_ITER=-1, SOLVER__WARMUP_ITERS=7, SOLVER__MICRO_BATCH_SIZE=2
+    )
+    hook = AGVMHook(cfg, model, sgd(model))
+    assert hook.modulator.start_iter == 107  # 100 iterations after warm-up
+    assert hook.modulator.interval == 2 and hook.modulator.momentum == 0.5
+    assert hook.agvm.num_units == 4 and hook.agvm.batch_size == 8
+
+
+@pytest.mark.parametrize("key, value, said", bad_values.CASES, ids=str)
+def test_bad_values_are_named(key, value, said):
+    model = ToyDetector()
+    with pytest.raises(ValueError, match=f"^{re.escape(bad_values.in_yacs(key))}: {said}"):
+        AGVMHook(model, sgd(model), **{key: value})
+
+
+def test_there_is_no_other_setting():
+    model = ToyDetector()
+    with pytest.raises(TypeError, match="intervall"):
+        AGVMHook(model, sgd(model), intervall=3)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"start_iter": 5, "stop_iter": 5}, "at 5: nothing will be measured"),
+        ({"rule": "gain", "batch_size": 16}, "a batch of 16 images is not above AGVM.BASE_BATCH"),
+    ],
+)
+def test_settings_without_effect_are_named(d2_log, options, message):
+    model = ToyDetector()
+    make_hook(model, sgd(model), start_iter=4, stop_iter=5)
+    make_hook(model, sgd(model), rule="gain", batch_size=32)
+    assert "nothing will be measured" not in d2_log.text and "is not above" not in d2_log.text
+    make_hook(model, sgd(model), **options)
+    assert message in d2_log.text

@@ -1,0 +1,111 @@
+"""A LazyConfig's checks, on one that is never built; real ones are in integration/."""
+
+import re
+import bad_values
+import pytest
+from detectron2.model_zoo import get_config_file
+
+from agvm_d2.d2 import lazy
+
+GOOD = """
+model = dict()
+optimizer = dict()
+lr_multiplier = dict()
+dataloader = dict(train=dict(total_batch_size=16, num_workers=0, dataset=dict(names="a")))
+train = dict(
+    max_iter=10, device="cpu", amp=dict(enabled=False), micro_batch_size=4,
+    clip_gradients=dict(clip_type="norm", clip_value=1.0), on_nonfinite="stop",
+)
+agvm = dict(start_iter=1)
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    """config(override, ...): the checked LazyConfig."""
+    (tmp_path / "c.py").write_text(GOOD)
+
+    def checked(*overrides):
+        cfg = lazy.load(str(tmp_path / "c.py"), list(overrides))
+        lazy.check(cfg, 1)
+        return cfg
+
+    return checked
+
+
+@pytest.fixture(autouse=True)
+def no_cuda(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+def test_a_good_one(config):
+    config()
+    config("agvm.log_period=5", "agvm.enabled=False", "agvm.start_iter=-1")
+
+
+@pytest.mark.parametrize("key, value, said", bad_values.CASES, ids=str)
+def test_bad_agvm_values_are_named(key, value, said, config):
+    with pytest.raises(ValueError, match=f"^agvm.{re.escape(key)}: {said}"):
+        config(bad_values.override(key, value))
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.maxiter=3", "the override 'train.maxiter=3' does not fit: .* 'train.maxiter'"),
+        ("trian.max_iter=3", "'trian.max_iter'"),
+        ("SOLVER.MAX_ITER", "does not fit"),
+        ("train.max_iter=[1", "config: overrides"),
+        ("train.micro_batch_size=3", "train.micro_batch_size: found 3, .*total_batch_size 16"),
+        ("agvm.intervall=3", "agvm.intervall: there is no such key; there are anchor, "),
+        ("agvm.modules=null", "agvm.modules: found None"),
+        ("agvm=null", "agvm: found None, but it must be a dict"),
+        ("agvm.enabled=1", "agvm.enabled: found 1, .*True or False"),
+        ("agvm.log_period=0", "agvm.log_period: found 0"),
+        ("agvm.start_iter=-1", "agvm.start_iter: a LazyConfig must name"),
+        ("train.max_iter=abc", "train.max_iter: found 'abc'"),
+        ("train.clip_gradients.clip_type=foo", "train.clip_gradients.clip_type: found 'foo'"),
+        ("+train.clip_gradients={kind: norm}", "train.clip_gradients.kind: there is no such key"),
+        ("train.clip_gradients=3", "train.clip_gradients: found 3, but it must be a dict"),
+        ("dataloader.train.num_workers=-1", "dataloader.train.num_workers: found -1"),
+        ("train.on_nonfinite=ignore", "train.on_nonfinite: found 'ignore', .*stop, skip"),
+        ("train.amp.enabled=True", "train.amp.enabled: found True, .*CUDA"),
+        ("train.device=cuda", "train.device: found 'cuda', .*train.device=cpu"),
+        ("train.device=gpu", "train.device: found 'gpu', .*cpu, cuda or cuda:N"),
+    ],
+)
+def test_bad_overrides(override, message, config):
+    with pytest.raises(ValueError, match=message):
+        config(override)
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("x = 1 +", "c.py': SyntaxError"),
+        ("import no_such_package", "c.py': ModuleNotFoundError: No module named 'no_such"),
+        ("train = dict(device='cpu')", "The config has no 'model'"),
+        (GOOD.replace("agvm =", "agvmm ="), "no 'agvm': .*dict.enabled=False. trains without"),
+    ],
+)
+def test_bad_files(source, message, tmp_path):
+    (tmp_path / "c.py").write_text(source)
+    with pytest.raises(ValueError, match=message):
+        lazy.check(lazy.load(str(tmp_path / "c.py"), []), 1)
+
+
+def test_no_file():
+    with pytest.raises(FileNotFoundError, match="--config-file: 'no.py' is not a file"):
+        lazy.load("no.py", [])
+
+
+def test_a_stock_config_is_told_what_it_lacks():
+    stock = lazy.load(get_config_file("new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py"), [])
+    with pytest.raises(ValueError, match="no 'agvm': .*dict.enabled=False. trains without"):
+        lazy.check(stock, 1)
+
+
+def test_names_of_datasets(config):
+    cfg = config()
+    assert lazy.dataset_names(cfg, eval_only=False) == ["a"]
+    assert lazy.dataset_names(cfg, eval_only=True) == []

@@ -1,0 +1,339 @@
+"""AGVMTrainer and AGVMTrainerMixin on the toy detector, in one process."""
+
+import json
+import shutil
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import DefaultTrainer, hooks
+from detectron2.solver import build_optimizer as d2_build_optimizer
+from torch import nn
+from toy import MODULES
+from toy_d2 import ToyLoader, ToyTrainer, agvm_hook, toy_config, train, weights
+
+from agvm_d2 import AGVMTrainerMixin
+from agvm_d2.d2.checkpoint import AtomicCheckpointer
+
+MICRO = {"SOLVER__MICRO_BATCH_SIZE": 2}
+
+
+def same(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "ADAMW"])
+def test_monitor_is_bit_identical_to_off_with_micro_batches(tmp_path, optimizer):
+    options = {
+        **MICRO,
+        "SOLVER__OPTIMIZER": optimizer,
+        "SOLVER__CLIP_GRADIENTS__ENABLED": True,
+        "SOLVER__CLIP_GRADIENTS__CLIP_TYPE": "full_model",
+    }
+    off = train(toy_config(tmp_path / "off", AGVM__ENABLED=False, **options))
+    monitor = train(toy_config(tmp_path / "monitor", AGVM__MODE="monitor", **options))
+    assert same(weights(off), weights(monitor))
+    assert (agvm_hook(monitor).modulator.factors[1:] != 1).all()
+    on = train(toy_config(tmp_path / "on", **options))
+    assert not same(weights(off), weights(on))
+
+
+# Checkpoints
+
+
+def test_resume_goes_on_with_the_same_factors_and_weights(tmp_path):
+    straight = train(toy_config(tmp_path / "a", **MICRO))
+    options = {**MICRO, "SOLVER__CHECKPOINT_PERIOD": 5}
+    half = toy_config(tmp_path / "b", **options)
+
+    class Stopped(ToyTrainer):
+        def build_hooks(self):
+            def stop(trainer):
+                if trainer.iter == 4:
+                    raise InterruptedError
+
+            return [*super().build_hooks(), hooks.CallbackHook(after_step=stop)]
+
+    with pytest.raises(InterruptedError):
+        train(half, Stopped)
+
+    class Resumed(ToyTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg):  # the toy loader at its sixth batch
+            loader = iter(ToyLoader(cfg.SOLVER.IMS_PER_BATCH))
+            for _ in range(5):
+                next(loader)
+            return loader
+
+    trainer = Resumed(half)
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 5
+    factors = agvm_hook(trainer).modulator.factors.tolist()
+    saved = torch.load(tmp_path / "b" / "model_0000004.pth", weights_only=True)
+    assert factors == saved["trainer"]["hooks"]["AGVMHook"]["factors"] != [1.0] * 4
+    trainer.train()
+    assert same(weights(straight), weights(trainer))
+    assert torch.equal(agvm_hook(straight).modulator.factors, agvm_hook(trainer).modulator.factors)
+
+
+def test_resume_with_other_modules_says_which_and_keeps_the_checkpoint(tmp_path):
+    train(toy_config(tmp_path, **MICRO))
+    before = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.pth")}
+    rules = (("backbone", r"backbone\."), ("heads", ""))
+    with pytest.raises(ValueError, match="backbone, fpn, rpn, box_head, but .* backbone, heads"):
+        train(toy_config(tmp_path, AGVM__MODULES=rules, **MICRO), resume=True)
+    assert {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*.pth")} == before
+    train(toy_config(tmp_path, SOLVER__MAX_ITER=12, **MICRO), resume=True)
+
+
+class StockToyTrainer(DefaultTrainer):
+    """Detectron2's trainer, optimizer and checkpoints."""
+
+    build_model = ToyTrainer.build_model
+    build_train_loader = ToyTrainer.build_train_loader
+
+
+def at_iteration_5(source, folder):
+    folder.mkdir()
+    shutil.copy(source / "model_0000004.pth", folder / "model_0000004.pth")
+    (folder / "last_checkpoint").write_text("model_0000004.pth")
+    return folder
+
+
+STOCK = {
+    "SOLVER__CHECKPOINT_PERIOD": 5,
+    "SOLVER__STEPS": (7,),
+    "SOLVER__BIAS_LR_FACTOR": 2.0,  # two param groups, of two learning rates
+    "SOLVER__WEIGHT_DECAY_BIAS": 0.0,
+}
+
+
+@pytest.mark.parametrize("mode", ["monitor", "modulate"])
+def test_a_stock_checkpoint_resumed_into_agvm(tmp_path, mode):
+    train(toy_config(tmp_path / "stock", **STOCK), StockToyTrainer)
+    plain = at_iteration_5(tmp_path / "stock", tmp_path / "plain")
+    stock = train(toy_config(plain, **STOCK), StockToyTrainer, resume=True)
+    assert stock.start_iter == 5
+
+    options = {**STOCK, **MICRO, "AGVM__MODE": mode, "AGVM__START_ITER": 5}
+    agvm = at_iteration_5(tmp_path / "stock", tmp_path / "agvm")
+    trainer = ToyTrainer(toy_config(agvm, **options))
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 5 and len(trainer.optimizer.param_groups) == 8
+    momentum = torch.load(plain / "model_0000004.pth", weights_only=True)
+    momentum = momentum["trainer"]["_trainer"]["optimizer"]["state"]
+    saved = sorted(float(s["momentum_buffer"].sum()) for s in momentum.values())
+    found = sorted(float(s["momentum_buffer"].sum()) for s in trainer.optimizer.state.values())
+    assert found == saved
+    trainer.train()
+    lrs = {round(g["lr"], 7) for g in trainer.optimizer.param_groups}
+    assert lrs == {round(g["lr"], 7) for g in stock.optimizer.param_groups} == {0.005, 0.01}
+    pairs = zip(weights(stock).values(), weights(trainer).values(), strict=True)
+    # One batch against micro-batches: not the bits.
+    assert all(torch.allclose(a, b, rtol=1e-4) for a, b in pairs) == (mode == "monitor")
+
+
+def test_agvm_switched_off_at_resume_says_what_to_do(tmp_path):
+    train(toy_config(tmp_path, **MICRO))
+    with pytest.raises(ValueError, match='has 4 param groups .*set AGVM.MODE "monitor"'):
+        train(toy_config(tmp_path, AGVM__ENABLED=False, **MICRO), resume=True)
+
+
+def test_another_optimizer_at_resume_is_named(tmp_path):
+    train(toy_config(tmp_path, **MICRO))
+    with pytest.raises(
+        ValueError, match="another optimizer than AdamW: it has momentum instead of betas"
+    ):
+        train(toy_config(tmp_path, SOLVER__OPTIMIZER="ADAMW", **MICRO), resume=True)
+
+
+def test_lars_to_sgd_at_resume_is_named(tmp_path):
+    pytest.importorskip("pytorch_optimizer")
+    train(toy_config(tmp_path, SOLVER__OPTIMIZER="LARS", **MICRO))
+    with pytest.raises(ValueError, match="another optimizer than SGD: it has .*trust_coefficient"):
+        train(toy_config(tmp_path, **MICRO), resume=True)
+
+
+def test_what_a_project_adds_to_its_checkpoints_stays(tmp_path):
+    class Average:
+        def state_dict(self):
+            return {"decay": 0.5}
+
+    class Project(ToyTrainer):
+        def build_hooks(self):
+            self.checkpointer.add_checkpointable("ema", Average())
+            return super().build_hooks()
+
+    trainer = Project(toy_config(tmp_path, SOLVER__MAX_ITER=1))
+    trainer.train()
+    saved = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert saved["ema"] == {"decay": 0.5} and "trainer" in saved
+
+
+# Scalars
+
+
+def test_metrics_json_holds_every_scalar(tmp_path):
+    train(toy_config(tmp_path, SOLVER__MICRO_BATCH_SIZE=4, SOLVER__MAX_ITER=20))
+    names = set()
+    for line in (tmp_path / "metrics.json").read_text().splitlines():
+        names |= json.loads(line).keys()
+    for module in MODULES:
+        assert f"agvm/variance/{module}" in names
+        assert f"agvm/lr_scale/{module}" in names
+    assert any(n.startswith("agvm/noise_scale/") for n in names)
+    assert list(tmp_path.glob("events.out.tfevents*"))
+
+
+# Other projects
+
+
+def test_a_default_trainer_by_the_mixin_alone(tmp_path):
+    class Stock(DefaultTrainer):  # as in Detectron2's tools/train_net.py
+        @classmethod
+        def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+            raise NotImplementedError
+
+    class Theirs(Stock):  # a model and data of their own
+        build_model = ToyTrainer.__dict__["build_model"]
+        build_train_loader = ToyTrainer.__dict__["build_train_loader"]
+
+    class Trainer(AGVMTrainerMixin, Theirs):
+        pass
+
+    options = {**MICRO, "SOLVER__WARMUP_METHOD": "exp", "SOLVER__WARMUP_ITERS": 3}
+    mixed = train(toy_config(tmp_path / "a", **options), Trainer)
+    ours = train(toy_config(tmp_path / "b", **options))
+    assert same(weights(mixed), weights(ours))
+    assert (agvm_hook(mixed).modulator.factors[1:] != 1).all()
+
+
+def test_a_projects_own_optimizer_is_kept_and_split(tmp_path):
+    class Theirs(DefaultTrainer):
+        build_model = ToyTrainer.__dict__["build_model"]
+        build_train_loader = ToyTrainer.__dict__["build_train_loader"]
+
+        @classmethod
+        def build_optimizer(cls, cfg, model):
+            backbone = [p for n, p in model.named_parameters() if n.startswith("backbone")]
+            others = [p for n, p in model.named_parameters() if not n.startswith("backbone")]
+            groups = [{"params": backbone, "lr": 0.005}, {"params": others}]
+            return torch.optim.AdamW(groups, lr=0.01)
+
+    class Trainer(AGVMTrainerMixin, Theirs):
+        pass
+
+    trainer = train(toy_config(tmp_path / "a", **MICRO), Trainer)
+    assert isinstance(trainer.optimizer, torch.optim.AdamW)
+    assert [g["lr"] for g in trainer.optimizer.param_groups] == [0.005, 0.005, 0.01, 0.01]
+    assert (agvm_hook(trainer).modulator.factors[1:] != 1).all()
+    off = Trainer(toy_config(tmp_path / "b", AGVM__ENABLED=False))
+    assert len(off.optimizer.param_groups) == 2
+
+
+def test_a_project_that_calls_super_gets_this_packages_keys(tmp_path):
+    class Theirs(StockToyTrainer):
+        @classmethod
+        def build_optimizer(cls, cfg, model):
+            optimizer = super().build_optimizer(cfg, model)
+            optimizer.theirs = True
+            return optimizer
+
+        @classmethod
+        def build_lr_scheduler(cls, cfg, optimizer):
+            return super().build_lr_scheduler(cfg, optimizer)
+
+    class Trainer(AGVMTrainerMixin, Theirs):
+        pass
+
+    options = {
+        **MICRO,
+        "SOLVER__OPTIMIZER": "ADAMW",
+        "SOLVER__WARMUP_METHOD": "exp",
+        "SOLVER__WARMUP_ITERS": 4,
+        "SOLVER__CLIP_GRADIENTS__ENABLED": True,
+        "SOLVER__CLIP_GRADIENTS__CLIP_TYPE": "full_model",
+    }
+    trainer = train(toy_config(tmp_path, **options), Trainer)
+    assert isinstance(trainer.optimizer, torch.optim.AdamW) and trainer.optimizer.theirs
+    assert len(trainer.optimizer.param_groups) == len(MODULES)
+
+
+def test_a_projects_detectron2_clipping_is_kept(tmp_path):
+    class Theirs(DefaultTrainer):
+        build_model = ToyTrainer.__dict__["build_model"]
+        build_train_loader = ToyTrainer.__dict__["build_train_loader"]
+        build_optimizer = classmethod(lambda cls, cfg, model: d2_build_optimizer(cfg, model))
+
+    class Trainer(AGVMTrainerMixin, Theirs):
+        pass
+
+    cfg = toy_config(tmp_path, SOLVER__CLIP_GRADIENTS__ENABLED=True, **MICRO)
+    trainer = train(cfg, Trainer)
+    assert type(trainer.optimizer).__name__ == "SGDWithGradientClip"
+    assert (agvm_hook(trainer).modulator.factors[1:] != 1).all()
+
+
+# Built
+
+
+def of_periodic_hooks(trainer):
+    return [h.checkpointer for h in trainer._hooks if isinstance(h, hooks.PeriodicCheckpointer)]
+
+
+def test_the_stock_checkpointer_gives_way_to_one_that_is_never_half_written(tmp_path):
+    trainer = ToyTrainer(toy_config(tmp_path))
+    assert type(trainer.checkpointer) is AtomicCheckpointer
+    assert trainer.checkpointer.save_to_disk and trainer.checkpointer.save_dir == str(tmp_path)
+    assert of_periodic_hooks(trainer) == [trainer.checkpointer]
+
+
+def test_projects_keep_their_checkpointer(tmp_path):
+    class Theirs(DetectionCheckpointer):
+        pass
+
+    class Project(ToyTrainer):
+        def build_hooks(self):
+            self.checkpointer = Theirs(self.model, self.cfg.OUTPUT_DIR, trainer=self)
+            return super().build_hooks()
+
+    trainer = Project(toy_config(tmp_path))
+    assert type(trainer.checkpointer) is Theirs
+    assert of_periodic_hooks(trainer) == [trainer.checkpointer]
+
+
+def test_the_hook_comes_right_after_the_scheduler(tmp_path):
+    kinds = [type(h).__name__ for h in ToyTrainer(toy_config(tmp_path))._hooks]
+    assert kinds[kinds.index("LRScheduler") + 1] == "AGVMHook"
+    off = ToyTrainer(toy_config(tmp_path, AGVM__ENABLED=False))
+    assert "AGVMHook" not in [type(h).__name__ for h in off._hooks]
+
+
+def test_one_process_without_micro_batches_trains_as_without_agvm(tmp_path, d2_log):
+    on = train(toy_config(tmp_path / "on"))
+    off = train(toy_config(tmp_path / "off", AGVM__ENABLED=False))
+    assert same(weights(on), weights(off))
+    assert d2_log.text.count("at least two gradients") == 1
+
+
+def test_a_reference_world_size_scales_before_the_checks(tmp_path):
+    # A batch of 6 for 2 workers is one of 3 here.
+    options = {"SOLVER__REFERENCE_WORLD_SIZE": 2, "SOLVER__IMS_PER_BATCH": 6}
+    trainer = ToyTrainer(toy_config(tmp_path, SOLVER__MICRO_BATCH_SIZE=1, **options))
+    assert trainer.cfg.SOLVER.IMS_PER_BATCH == 3 and agvm_hook(trainer).agvm.num_units == 3
+
+
+def test_bad_values_are_named_before_anything_is_built(tmp_path):
+    with pytest.raises(ValueError, match="AGVM.MODE"):
+        ToyTrainer(toy_config(tmp_path, AGVM__MODE="on"))
+    with pytest.raises(ValueError, match="AGVM.ANCHOR: 'neck'"):
+        ToyTrainer(toy_config(tmp_path, AGVM__ANCHOR="neck"))
+
+
+def test_a_model_without_a_backbone_says_what_its_modules_are(tmp_path):
+    class Plain(ToyTrainer):
+        @classmethod
+        def build_model(cls, cfg):
+            return nn.Linear(2, 2)
+
+    with pytest.raises(ValueError, match="AGVM.ANCHOR: 'backbone' .*modules are rest"):
+        Plain(toy_config(tmp_path))

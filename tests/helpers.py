@@ -1,0 +1,61 @@
+"""What several test files share: paths, the command line, files that were written."""
+
+from __future__ import annotations
+import json
+import os
+import subprocess
+import sys
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CONFIGS = os.path.join(ROOT, "configs")
+RCNN_BASE = os.path.join(CONFIGS, "Base-RCNN-FPN-Digits.yaml")
+DIGITS = os.path.join(CONFIGS, "Digits-Detection/faster_rcnn_thin_R_50_FPN_bs64_agvm.yaml")
+COCO = os.path.join(CONFIGS, "COCO-Detection/faster_rcnn_R_50_FPN_16ep_bs256_agvm.yaml")
+VITDET = os.path.join(CONFIGS, "Digits-InstanceSegmentation/mask_rcnn_vitdet_thin_6ep_bs16_agvm.py")
+
+
+def start(*command, **env) -> subprocess.Popen:
+    """Python with this command line, from the root of the project."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    )
+
+
+def finish(process: subprocess.Popen, ok: bool = True) -> str:
+    """Its output, once it has ended well, or, not `ok`, with an error."""
+    try:
+        output = process.communicate(timeout=3600)[0]  # against a hang; no machine is that slow
+    finally:
+        process.kill()
+    assert (process.returncode == 0) == ok, output[-4000:]
+    return output
+
+
+def command(*args, ok=True, **env) -> str:
+    """Run train_net.py; its output."""
+    return finish(start("train_net.py", *args, **env), ok)
+
+
+def args(*opts, config=DIGITS, num_gpus=1, eval_only=False):
+    """train_net.py's parsed command line."""
+    from detectron2.engine import default_argument_parser
+
+    flags = ["--config-file", config, "--num-gpus", str(num_gpus)]
+    flags += ["--eval-only"] * eval_only
+    return default_argument_parser().parse_args([*flags, *map(str, opts)])
+
+
+def read(path) -> list[dict]:
+    """The rows of a metrics.json."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def agvm_state(checkpoint) -> dict:
+    """AGVM's state in a checkpoint's file."""
+    return torch.load(checkpoint, weights_only=True)["trainer"]["hooks"]["AGVMHook"]

@@ -1,0 +1,77 @@
+"""Workers of several machines, of torchrun and of Slurm: the bits of one machine's."""
+
+import socket
+import pytest
+import torch
+from helpers import DIGITS, finish, start
+
+SHORT = (
+    "SOLVER.IMS_PER_BATCH 8 SOLVER.MICRO_BATCH_SIZE 0 SOLVER.MAX_ITER 3 SOLVER.WARMUP_ITERS 1 "
+    "SOLVER.STEPS (2,) AGVM.START_ITER 1 AGVM.INTERVAL 1 DATALOADER.NUM_WORKERS 0 SEED 7 "
+    "DATASETS.TEST ()"
+).split()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def state(out):
+    return torch.load(out / "model_final.pth", weights_only=True)
+
+
+def train(*flags):
+    return ["train_net.py", "--config-file", DIGITS, *flags, *SHORT, "OUTPUT_DIR"]
+
+
+@pytest.fixture(scope="module")
+def one_machine(digits, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "out"
+    finish(start(*train("--num-gpus", 4, "--dist-url", "auto"), out))
+    return state(out)
+
+
+def same(one, other):
+    """Bit for bit, whoever started the workers: factors and weights."""
+    hooks = [s["trainer"]["hooks"]["AGVMHook"] for s in (one, other)]
+    assert hooks[0]["factors"] == hooks[1]["factors"]
+    assert any(abs(f - 1) > 1e-3 for f in hooks[0]["factors"])
+    for name, value in one["model"].items():
+        assert torch.equal(value, other["model"][name]), name
+
+
+def all_of(processes):
+    for process in processes:
+        finish(process)
+
+
+@pytest.mark.slow
+def test_two_machines_of_two_workers(one_machine, tmp_path):
+    url = f"tcp://127.0.0.1:{free_port()}"
+    flags = ["--num-gpus", 2, "--num-machines", 2, "--dist-url", url, "--machine-rank"]
+    all_of([start(*train(*flags, i), tmp_path / "out") for i in range(2)])
+    same(one_machine, state(tmp_path / "out"))
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_machines(one_machine, tmp_path):
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--nnodes", 2]
+    command += ["--master-addr", "127.0.0.1", "--master-port", free_port(), "--node-rank"]
+    all_of([start(*command, i, *train(), tmp_path / "out") for i in range(2)])
+    same(one_machine, state(tmp_path / "out"))
+
+
+@pytest.mark.slow
+def test_slurm_tasks(one_machine, tmp_path):
+    env = {
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+        "SLURM_STEP_NODELIST": "localhost",
+        "MASTER_PORT": str(free_port()),
+    }
+    tasks = [{**env, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i % 2)} for i in range(4)]
+    all_of([start(*train(), tmp_path / "out", **task) for task in tasks])
+    same(one_machine, state(tmp_path / "out"))

@@ -1,0 +1,81 @@
+import math
+import pytest
+import torch
+from detectron2.solver import build_optimizer as d2_build_optimizer
+from detectron2.utils.events import EventStorage
+from toy import ToyDetector, batch, loss
+from toy_d2 import toy_config
+
+from agvm_d2 import build_optimizer
+from agvm_d2.solver import clip_gradients
+
+# Clipping
+
+
+def clip_config(tmp_path, kind, value=0.1, **options):
+    return toy_config(
+        tmp_path,
+        SOLVER__CLIP_GRADIENTS__ENABLED=True,
+        SOLVER__CLIP_GRADIENTS__CLIP_TYPE=kind,
+        SOLVER__CLIP_GRADIENTS__CLIP_VALUE=value,
+        **options,
+    )
+
+
+def clipped_gradients(cfg, model, iteration=0):
+    optimizer = build_optimizer(cfg, model)
+    loss(model, batch(4, scale=10.0)).backward()
+    with EventStorage(iteration):
+        optimizer.step()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["value", "norm"])
+def test_clip_types_of_detectron2_are_detectron2_s(tmp_path, kind):
+    cfg, a, b = clip_config(tmp_path, kind), ToyDetector(), ToyDetector()
+    ours = clipped_gradients(cfg, a)
+    theirs = d2_build_optimizer(cfg, b)
+    loss(b, batch(4, scale=10.0)).backward()
+    theirs.step()
+    assert all(torch.equal(g, p.grad) for g, p in zip(ours, b.parameters(), strict=True))
+
+
+def test_full_model_clips_the_norm_over_all_parameters(tmp_path):
+    gradients = clipped_gradients(clip_config(tmp_path, "full_model"), ToyDetector())
+    norm = torch.cat([g.flatten() for g in gradients]).norm()
+    assert norm == pytest.approx(0.1, rel=1e-4)
+
+
+def test_an_unknown_clip_type_is_named():
+    optimizer = torch.optim.SGD(ToyDetector().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="clip_type: found 'global', .*full_model"):
+        clip_gradients(optimizer, "global", 1.0)
+
+
+@pytest.mark.parametrize("iteration, clipped", [(9, False), (10, True), (19, True), (20, False)])
+def test_clipping_only_in_its_window(tmp_path, iteration, clipped):
+    cfg = clip_config(tmp_path, "full_model", SOLVER__CLIP_GRADIENTS__ITER_RANGE=(10, 20))
+    norm = torch.cat([g.flatten() for g in clipped_gradients(cfg, ToyDetector(), iteration)]).norm()
+    assert (norm <= 0.1001) == clipped
+
+
+def test_clipping_has_the_same_bits_with_and_without_split_groups(tmp_path):
+    one = clipped_gradients(clip_config(tmp_path, "full_model"), ToyDetector())
+    two = clipped_gradients(clip_config(tmp_path, "full_model", AGVM__ENABLED=False), ToyDetector())
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+# Skipping
+
+
+def test_skipping_comes_before_clipping_by_value(tmp_path):
+    """Which would make an inf finite."""
+    cfg = clip_config(tmp_path, "value", SOLVER__ON_NONFINITE="skip")
+    model = ToyDetector()
+    optimizer = build_optimizer(cfg, model)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.full_like(p, math.inf)
+    with EventStorage(0):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))

@@ -1,0 +1,425 @@
+"""AGVM in a plain PyTorch loop, without Detectron2."""
+
+import copy
+import math
+import pytest
+import reference
+import torch
+from torch.optim.lr_scheduler import LinearLR
+from toy import MODULES, ToyDetector, batch, factors, loss, parameter_names, vectors
+
+from agvm_d2 import AGVM, Settings, split_param_groups
+
+
+def sgd(model, lr=0.1, **kwargs):
+    return split_param_groups(torch.optim.SGD(model.parameters(), lr=lr, **kwargs), model)
+
+
+def make(model, optimizer, micro_batches=2, batch_size=None, **settings):
+    settings = Settings(**{"momentum": 0.5, "interval": 1, **settings})
+    return AGVM(model, optimizer, settings, micro_batches=micro_batches, batch_size=batch_size)
+
+
+def units(iteration):
+    """An iteration's two micro-batches."""
+    return [batch(4, seed=10 * iteration + half) for half in (0, 1)]
+
+
+def backward(model, iteration, agvm=None):
+    for unit in units(iteration):
+        (loss(model, unit) / 2).backward()
+        if agvm is not None:
+            agvm.micro_batch_done(0.5)
+
+
+def step(agvm, model, optimizer, iteration=0, clip=None):
+    """One iteration, as the docstring of AGVM has it."""
+    agvm.begin(iteration)
+    optimizer.zero_grad()
+    backward(model, iteration, agvm)
+    agvm.backward_done()
+    if clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    agvm.end()
+
+
+def run(model, optimizer, steps=3, **kwargs):
+    """Train; AGVM and what the reference says its factors are."""
+    agvm, wanted = make(model, optimizer, **kwargs), dict.fromkeys(MODULES, 1.0)
+    for i in range(steps):
+        if agvm.modulator.due(i):
+            wanted = factors(model, units(i), wanted)
+        step(agvm, model, optimizer, i)
+    return agvm, list(wanted.values())
+
+
+# Factors
+
+
+def test_factors_and_weights_equal_the_literal_algorithm():
+    model = ToyDetector()
+    literal = copy.deepcopy(model)
+    agvm, wanted = run(model, sgd(model), steps=5, interval=2, start_iter=1)
+    scale = dict.fromkeys(MODULES, 1.0)
+    for i in range(5):
+        if i in (1, 3):  # and 4 keeps the factors of 3
+            scale = factors(literal, units(i), scale)
+        literal.zero_grad()
+        backward(literal, i)
+        with torch.no_grad():
+            for module, names in parameter_names(literal).items():
+                for name in names:
+                    p = literal.get_parameter(name)
+                    p -= 0.1 * scale[module] * p.grad
+    assert agvm.modulator.factors.tolist() == pytest.approx(wanted, rel=1e-5)
+    assert max(abs(f - 1) for f in wanted) > 0.05  # or this would say little
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, literal.get_parameter(name))
+
+
+@pytest.mark.parametrize("base_batch_size, base_units", [(4, 1), (8, 2)])
+def test_gain_scales_each_module_as_the_literal_algorithm(base_batch_size, base_units):
+    model = ToyDetector()
+    optimizer = sgd(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    gradients = reference.unit_gradients(model, loss, units(0))
+    agvm = make(
+        model,
+        optimizer,
+        rule="gain",
+        base_batch_size=base_batch_size,
+        batch_size=8,
+        momentum=0.0,
+    )
+    step(agvm, model, optimizer)
+    for module, names in parameter_names(model).items():
+        gain = reference.gain(reference.flatten(gradients, names), base_units)
+        factor = agvm.modulator.factors[MODULES.index(module)].item()
+        assert factor == pytest.approx(gain, rel=1e-5) and (gain > 1.01) == (base_units == 1)
+        for name in names:
+            mean = (gradients[0][name] + gradients[1][name]) / 2
+            found = before[name] - model.get_parameter(name)
+            torch.testing.assert_close(found.double(), 0.1 * gain * mean, rtol=1e-4, atol=1e-6)
+
+
+def test_moments_are_taken_before_clipping():
+    model = ToyDetector()
+    optimizer = sgd(model)
+    agvm = make(model, optimizer)
+    wanted = factors(model, units(0))
+    step(agvm, model, optimizer, clip=1e-3)
+    assert agvm.modulator.factors.tolist() == pytest.approx(list(wanted.values()), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "Lamb", "SGD"])
+def test_moments_are_preconditioned_where_the_optimizer_keeps_a_second_moment(kind):
+    package = pytest.importorskip("pytorch_optimizer") if kind == "Lamb" else torch.optim
+    model = ToyDetector()
+    optimizer = getattr(package, kind)(model.parameters(), lr=0.01)
+    agvm = make(model, split_param_groups(optimizer, model), mode="monitor")
+    step(agvm, model, optimizer, 0)
+    gradients = reference.unit_gradients(model, loss, units(1))
+    if kind != "SGD":
+        for gradient in gradients:
+            for name, p in model.named_parameters():
+                v = optimizer.state[p]["exp_avg_sq"].double()
+                gradient[name] = gradient[name] / (v.sqrt() + optimizer.defaults["eps"])
+    step(agvm, model, optimizer, 1)
+    for i, names in enumerate(parameter_names(model).values()):
+        wanted = reference.pairwise_variance(reference.flatten(gradients, names))
+        assert float(agvm.modulator.variance[i]) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_an_iteration_that_is_not_measured_says_so():
+    model = ToyDetector()
+    optimizer = sgd(model)
+    agvm = make(model, optimizer, interval=2, start_iter=1, stop_iter=4)
+    measured = []
+    for i in range(6):
+        step(agvm, model, optimizer, i)
+        measured.append(agvm.measured)
+    assert measured == [False, True, False, True, False, False]
+
+
+# Learning rates
+
+
+def seen_lrs(optimizer):
+    """Filled with the groups' learning rates as each step uses them."""
+    seen = []
+    optimizer.register_step_post_hook(
+        lambda opt, *_: seen.append([g["lr"] for g in opt.param_groups])
+    )
+    return seen
+
+
+def test_lr_is_scaled_in_the_step_only_and_put_back_exactly():
+    model = ToyDetector()
+    optimizer = sgd(model, lr=0.1)
+    seen = seen_lrs(optimizer)  # AGVM's own hook comes after it
+    agvm = make(model, optimizer)
+    step(agvm, model, optimizer)
+    assert seen[0] == [0.1 * f for f in agvm.modulator.factors.tolist()]
+    assert len(set(seen[0])) > 1
+    assert [g["lr"] for g in optimizer.param_groups] == [0.1] * 4
+
+
+def test_the_factors_hold_between_start_and_stop_only():
+    model = ToyDetector()
+    optimizer = sgd(model, lr=0.1)
+    seen = seen_lrs(optimizer)
+    agvm = make(model, optimizer, start_iter=1, stop_iter=3)
+    for i in range(4):
+        step(agvm, model, optimizer, i)
+    assert [lrs == [0.1] * 4 for lrs in seen] == [True, False, False, True]
+    assert (agvm.modulator.factors[1:] != 1).all()  # kept, for the log
+
+
+def test_each_group_has_its_own_modules_factor_also_beside_frozen_ones():
+    model = ToyDetector()
+    model.backbone.bottom_up[0].requires_grad_(False)
+    names = [n for n, _ in model.named_parameters()]
+    frozen = [p for n, p in model.named_parameters() if n.startswith("backbone.bottom_up.0")]
+    groups = [{"params": frozen, "lr": 0.5}]
+    groups += [{"params": [model.get_parameter(n)], "lr": 0.1} for n in reversed(names[2:])]
+    optimizer = torch.optim.SGD(groups)
+    seen = seen_lrs(optimizer)
+    agvm = make(model, optimizer)
+    step(agvm, model, optimizer)
+    backbone, fpn, rpn, box_head = (0.1 * agvm.modulator.factors).tolist()
+    assert seen[0] == [0.5, box_head, box_head, rpn, rpn, fpn, fpn, backbone, backbone]
+    assert len({backbone, fpn, rpn, box_head}) == 4
+
+
+def test_lr_as_a_tensor_keeps_its_object_and_value():
+    model = ToyDetector()
+    lr = torch.tensor(0.1)
+    optimizer = split_param_groups(
+        torch.optim.AdamW(model.parameters(), lr=lr, foreach=False), model
+    )
+    agvm = make(model, optimizer, start_iter=1)
+    before = [p.detach().clone() for p in model.parameters()]
+    for i in range(2):
+        step(agvm, model, optimizer, i)
+    assert all(g["lr"] is lr for g in optimizer.param_groups)
+    assert lr.item() == pytest.approx(0.1)
+    assert (agvm.modulator.factors[1:] != 1).all()
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["foreach", "fused"])
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
+def test_foreach_and_fused_optimizers(optimizer_class, kind):
+    one, two = ToyDetector(), ToyDetector()
+    plain = split_param_groups(optimizer_class(one.parameters(), lr=0.01, foreach=False), one)
+    try:
+        other = optimizer_class(two.parameters(), lr=0.01, **{kind: True})
+    except (TypeError, RuntimeError):
+        pytest.skip("this torch has no fused optimizer on a CPU")
+    split_param_groups(other, two)
+    agvm, _ = run(one, plain, start_iter=1)
+    same, _ = run(two, other, start_iter=1)
+    torch.testing.assert_close(agvm.modulator.factors, same.modulator.factors)
+    assert (agvm.modulator.factors[1:] != 1).all()
+    for a, b in zip(one.parameters(), two.parameters()):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_step_inside_a_step_is_scaled_and_measured_once():
+    """torch patches `step` once per class, so one that calls super().step fires its hooks twice."""
+
+    class Clipped(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    plain, clipped = ToyDetector(), ToyDetector()
+    torch.optim.SGD(plain.parameters(), lr=1.0)  # its class is patched, too
+    optimizer = split_param_groups(Clipped(clipped.parameters(), lr=0.1), clipped)
+    fired = []
+    optimizer.register_step_pre_hook(lambda *_: fired.append(1))
+    _, wanted = run(plain, sgd(plain))
+    agvm, _ = run(clipped, optimizer)
+    assert len(fired) == 6  # twice in each of three steps
+    assert agvm.modulator.factors.tolist() == pytest.approx(wanted, rel=1e-5)
+    for a, b in zip(plain.parameters(), clipped.parameters()):
+        torch.testing.assert_close(a, b)
+    assert {g["lr"] for g in optimizer.param_groups} == {0.1}
+
+
+def test_the_scheduler_never_sees_the_factors():
+    model = ToyDetector()
+    optimizer = sgd(model, lr=1.0)
+    scheduler = LinearLR(optimizer, 1.0, 0.5, total_iters=10)
+    agvm = make(model, optimizer)
+    for i in range(10):
+        step(agvm, model, optimizer, i)
+        scheduler.step()
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.5] * 4)
+    assert (agvm.modulator.factors[1:] != 1).all()
+
+
+# When something goes wrong
+
+
+def test_a_step_that_raises_leaves_the_lr_as_it_was():
+    model = ToyDetector()
+    optimizer = sgd(model, lr=0.1)
+    agvm = make(model, optimizer)
+    agvm.attach()
+    fail = optimizer.register_step_pre_hook(lambda *_: 1 / 0)  # after AGVM's, which scales
+    with pytest.raises(ZeroDivisionError):
+        step(agvm, model, optimizer)
+    assert len({g["lr"] for g in optimizer.param_groups}) > 1
+    agvm.detach()
+    assert {g["lr"] for g in optimizer.param_groups} == {0.1}
+    fail.remove()
+    step(agvm, model, optimizer, 1)
+    assert {g["lr"] for g in optimizer.param_groups} == {0.1}
+
+
+def test_a_skipped_step_drops_the_measurement():
+    # What GradScaler does on an inf gradient: optimizer.step is not called, no hook fires.
+    model = ToyDetector()
+    optimizer = sgd(model)
+    agvm = make(model, optimizer)
+    agvm.begin(0)
+    for _ in range(2):
+        (loss(model, batch(4)) * math.inf).backward()
+        agvm.micro_batch_done(0.5)
+    agvm.backward_done()
+    agvm.end()
+    optimizer.zero_grad()
+    assert agvm.modulator.factors.tolist() == [1.0] * 4
+    wanted = factors(model, units(1))
+    step(agvm, model, optimizer, 1)
+    assert agvm.modulator.factors.tolist() == pytest.approx(list(wanted.values()), rel=1e-5)
+
+
+def test_a_group_of_two_modules_is_an_error():
+    model = ToyDetector()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(
+        ValueError, match="Group 0 .*backbone, fpn, rpn, box_head.*split_param_groups"
+    ):
+        AGVM(model, optimizer)
+
+
+def test_one_gradient_warns_once_and_trains_on_with_factors_of_one(d2_log):
+    one, other = ToyDetector(), ToyDetector()
+    optimizer = sgd(one)
+    agvm = make(one, optimizer, micro_batches=1)
+    assert agvm.num_units == 1
+    for i in range(3):
+        step(agvm, one, optimizer, i)
+        assert not agvm.measured
+    warnings = [r for r in d2_log.records if "at least two gradients" in r.getMessage()]
+    assert len(warnings) == 1 and "SOLVER.MICRO_BATCH_SIZE" in warnings[0].getMessage()
+    assert agvm.modulator.factors.tolist() == [1.0] * 4
+    plain = sgd(other)
+    for i in range(3):
+        plain.zero_grad()
+        backward(other, i)
+        plain.step()
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("estimator", ["pairwise", "split"])
+def test_monitor_measures_and_changes_nothing(optimizer_class, estimator):
+    plain, watched = ToyDetector(), ToyDetector()
+    optimizer = split_param_groups(optimizer_class(watched.parameters(), lr=0.01), watched)
+    agvm, _ = run(watched, optimizer, mode="monitor", steps=5, estimator=estimator)
+    optimizer = optimizer_class(plain.parameters(), lr=0.01)
+    for i in range(5):
+        optimizer.zero_grad()
+        backward(plain, i)
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters()))
+    assert (agvm.modulator.factors[1:] != 1).all()
+
+
+# Attach and detach
+
+
+def test_it_attaches_on_the_first_begin_and_detach_takes_all_of_it_away():
+    model = ToyDetector()
+    optimizer = sgd(model)
+    agvm = make(model, optimizer)
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    assert [len(h) for h in hooks] == [0, 0] and agvm.tap is None
+    for i in range(2):
+        agvm.begin(i)
+        assert [len(h) for h in hooks] == [1, 1]
+        assert all(p._backward_hooks for p in model.parameters())
+    agvm.detach()
+    assert [len(h) for h in hooks] == [0, 0]
+    assert not any(p._backward_hooks for p in model.parameters())
+
+    before = agvm.modulator.factors.clone()  # and works again
+    step(agvm, model, optimizer, 5)
+    assert not torch.equal(before, agvm.modulator.factors)
+    assert [len(h) for h in hooks] == [1, 1]
+
+
+# What was found
+
+
+def test_scalars_are_of_the_last_measurement_without_what_was_not_measurable():
+    model = ToyDetector()
+    optimizer = sgd(model, lr=0.0)
+    agvm = make(model, optimizer, batch_size=8, momentum=0.75)
+    assert set(agvm.scalars()) == {f"agvm/lr_scale/{m}" for m in MODULES}  # nothing measured yet
+    for i in range(10):
+        step(agvm, model, optimizer, i)
+    found, measured = agvm.scalars(), [vectors(model, units(i)) for i in range(10)]
+    whole = [[torch.cat([v[m][u] for m in MODULES]) for u in (0, 1)] for v in measured]
+    num = dict.fromkeys(("variance", "lr_scale", "noise_scale"), 0)
+    for i, module in enumerate((*MODULES, "model")):
+        # K = 2, 4 images per unit: tr = 4 * 2 (S1 - S2), |G|^2 = S2 - (S1 - S2), over S1, averaged.
+        s1 = s2 = 0.0
+        for v, w in zip(measured, whole):
+            unit_sq, mean_sq = reference.moments(w if module == "model" else v[module])
+            s1, s2 = 0.75 * s1 + 0.25, 0.75 * s2 + 0.25 * mean_sq / unit_sq
+        wanted = {"noise_scale": 8 * (s1 - s2) / (2 * s2 - s1) if 2 * s2 > s1 else math.nan}
+        if module != "model":
+            wanted["variance"] = reference.pairwise_variance(measured[-1][module])
+            wanted["lr_scale"] = float(agvm.modulator.factors[i])
+        for kind, value in wanted.items():
+            key = f"agvm/{kind}/{module}"
+            num[kind] += key in found
+            assert (key in found) == (not math.isnan(value))
+            assert found.get(key, math.nan) == pytest.approx(value, rel=1e-4, nan_ok=True)
+    # Noise drowns the gradient of one module.
+    assert num == {"variance": 4, "lr_scale": 4, "noise_scale": 4} and len(found) == 12
+
+
+def test_without_a_batch_size_there_is_no_noise_scale():
+    model = ToyDetector()
+    optimizer = sgd(model)
+    agvm = make(model, optimizer)
+    step(agvm, model, optimizer)
+    assert {key.split("/")[1] for key in agvm.scalars()} == {"variance", "lr_scale"}
+
+
+def test_the_state_goes_on_where_it_was():
+    one = ToyDetector()
+    agvm, _ = run(one, sgd(one), steps=3)
+    saved = copy.deepcopy(agvm.state_dict())
+    two = copy.deepcopy(one)
+    other = make(two, sgd(two))
+    other.load_state_dict(saved)
+    assert other.state_dict() == saved and saved["factors"] != [1.0] * 4
+    step(agvm, one, agvm.optimizer, 3)
+    step(other, two, other.optimizer, 3)
+    assert other.state_dict() == agvm.state_dict()
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+
+
+def test_a_state_of_other_modules_is_refused():
+    model = ToyDetector()
+    halves = (("backbone", r"backbone\."), ("heads", ""))
+    optimizer = split_param_groups(torch.optim.SGD(model.parameters(), lr=0.1), model, halves)
+    other = make(model, optimizer, modules=halves)
+    with pytest.raises(ValueError, match="backbone, fpn, rpn, box_head, but .* backbone, heads"):
+        other.load_state_dict(make(model, sgd(model)).state_dict())
