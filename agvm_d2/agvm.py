@@ -117,7 +117,8 @@ class AGVM:
     def detach(self) -> None:
         """Leave the optimizer as it was, also after an exception in the middle of a step."""
         self._restore_lrs()
-        self.end()
+        if self.tap is not None:
+            self.tap.stop()  # without `collect`, for which the other workers may not be there
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -202,8 +203,7 @@ class AGVM:
             return
         if self._rehearsal:
             self._rehearsal = False
-            units = self.tap.local()[1] * self.tap.workers
-            if units < 2:
+            if self.tap.local()[1] * self.tap.workers == 1:
                 raise RuntimeError(
                     f"AGVM was set up for {self.micro_batches} micro-batches, but this loop ran 1 "
                     "and did not call micro_batch_done() (after_micro_batch()): a loop of its own "

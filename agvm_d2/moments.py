@@ -110,7 +110,7 @@ class GradientTap:
     @torch.no_grad()
     def collect(self) -> Moments | None:
         """Moments over all workers, with the same bits in each, so that all decide alike; None
-        where a worker's gradients were added to older ones.
+        where a worker's gradients were added to older ones, or where none were averaged.
 
         One all-reduce of 2 * modules + 1 float64 (`split`: 3 * modules + 1) and one host sync.
         """
@@ -121,7 +121,7 @@ class GradientTap:
         if self.workers > 1:
             dist.all_reduce(numbers, group=self.group)
         numbers = numbers.cpu()
-        if numbers[-1].isnan():
+        if not numbers[-1] > 0:
             return None
         return self.moments(numbers[:-1].view(rows.shape) / self.workers, int(numbers[-1]))
 
@@ -153,6 +153,7 @@ class BucketTap(GradientTap):
 
     def start(self) -> None:
         self._unit, self._mean = self.norms(), self.norms()
+        self._averaged = False
         super().start()
 
     def average(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -168,6 +169,7 @@ class BucketTap(GradientTap):
     @torch.no_grad()
     def measured_average(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """`average`, with the bucket measured before and after it."""
+        self._averaged = True  # not in a pass under no_sync()
         # Buckets are rebuilt after the first step: go by parameter, not by position.
         params = bucket.parameters()
         start = bucket.buffer().storage_offset()
@@ -189,7 +191,8 @@ class BucketTap(GradientTap):
         self._unit.add(bucket.parameters(), bucket.gradients())
 
     def local(self) -> tuple[torch.Tensor, int]:
-        return torch.stack([self._unit.total(self.device), self._mean.total(self.device)]), 1
+        rows = [self._unit.total(self.device), self._mean.total(self.device)]
+        return torch.stack(rows), int(self._averaged)
 
 
 def _comm_hook(tap: BucketTap, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

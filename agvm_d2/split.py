@@ -71,7 +71,7 @@ class SplitBucketTap(BucketTap):
         halves = mean_sq.new_zeros(2, len(mean_sq))
         # 0 but on the half's root.
         halves[self.side] = self._unit.total(self.device) * self.workers / len(self.half) ** 2
-        return torch.cat([halves, mean_sq[None]]), 1
+        return torch.cat([halves, mean_sq[None]]), int(self._averaged)
 
     def moments(self, rows: torch.Tensor, num_units: int) -> Moments:
         return split_moments(rows, self.share)
