@@ -203,13 +203,7 @@ class AGVM:
             return
         if self._rehearsal:
             self._rehearsal = False
-            if self.tap.local()[1] * self.tap.workers == 1:
-                raise RuntimeError(
-                    f"AGVM was set up for {self.micro_batches} micro-batches, but this loop ran 1 "
-                    "and did not call micro_batch_done() (after_micro_batch()): a loop of its own "
-                    "does not know SOLVER.MICRO_BATCH_SIZE. Train with several workers, or build "
-                    "agvm_d2.trainer.MicroBatchTrainer in it."
-                )
+            self._check_loop(self.tap)
             if not self._wanted:
                 return self.tap.stop()
         moments = self.tap.collect()
@@ -224,6 +218,23 @@ class AGVM:
                 "step: this project accumulates gradients over iterations. What is measured is one "
                 "iteration's gradient, whenever it stands alone. Accumulate within an iteration "
                 "(SOLVER.MICRO_BATCH_SIZE) to measure the whole batch of a step."
+            )
+
+    def _check_loop(self, tap: GradientTap) -> None:
+        """RuntimeError where this training loop cannot be measured."""
+        rows, units = tap.local()
+        if units * tap.workers == 1:
+            raise RuntimeError(
+                f"AGVM was set up for {self.micro_batches} micro-batches, but this loop ran 1 and "
+                "did not call micro_batch_done() (after_micro_batch()): a loop of its own does not "
+                "know SOLVER.MICRO_BATCH_SIZE. Train with several workers, or build "
+                "agvm_d2.trainer.MicroBatchTrainer in it."
+            )
+        alone = not isinstance(uncompiled(self.model), DistributedDataParallel)
+        if alone and tap.workers > 1 and units == 1 and torch.equal(rows[0], rows[1]):
+            raise RuntimeError(
+                "AGVM: the gradient was not averaged over the workers before backward_done() "
+                "(after_backward()). Give AGVM the model inside DistributedDataParallel."
             )
 
     def _update_modules(self) -> Modules:
@@ -271,7 +282,19 @@ def build_tap(
     split: bool = False,
     inner: CommHook | None = None,
 ) -> GradientTap:
-    """The cheapest tap that sees every unit. ValueError: see `split.build_split_tap`."""
+    """The cheapest tap that sees every unit.
+
+    Raises:
+        ValueError: a sharded model; see also `split.build_split_tap`.
+    """
+    # By name: not in every torch.
+    sharded = {type(m).__name__ for m in model.modules()} & {"FullyShardedDataParallel"}
+    sharded |= {type(p).__name__ for p in model.parameters()} & {"DTensor"}
+    if sharded:
+        raise ValueError(
+            f"AGVM needs whole gradients in each worker, but this model is sharded: {sharded.pop()}. "
+            "Train it in DistributedDataParallel, or without AGVM (AGVM.ENABLED False)."
+        )
     if split:
         from .split import build_split_tap
 

@@ -344,3 +344,51 @@ def test_one_huge_gradient_or_a_change_of_scale_does_not_rule_the_noise_scale(sc
         factor = scale if k in (3, 4) or k > 10 else 1.0
         modulator.update(pairwise_moments(2 * one * factor, one * factor, 4))
     assert modulator.noise_scale(64) == pytest.approx({"head": 32.0, "model": 32.0})
+
+
+def _without_ddp(averages):
+    """Two workers, no DistributedDataParallel; gradients averaged by the loop, or not at all."""
+    import torch.distributed as dist
+
+    model = ToyDetector()
+    optimizer = split_param_groups(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    agvm = AGVM(model, optimizer, Settings(interval=1, momentum=0.0))
+    agvm.begin(0)
+    loss(model, batch(4, seed=dist.get_rank())).backward()
+    for p in model.parameters() if averages else ():
+        dist.all_reduce(p.grad)
+        p.grad /= 2
+    agvm.backward_done()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return agvm.modulator.variance.tolist()
+
+
+def test_workers_without_ddp_average_themselves_or_are_refused(workers):
+    said = workers(2).run(_without_ddp, False)
+    assert all("not averaged over the workers" in message for message in said)
+    model = ToyDetector()
+    gradients = reference.unit_gradients(model, loss, [batch(4, seed=0), batch(4, seed=1)])
+    vectors = [reference.flatten(gradients, n) for n in parameter_names(model).values()]
+    wanted = [reference.pairwise_variance(v) for v in vectors]
+    for found in workers(2).run(_without_ddp, True):
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def _sharded():
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(ToyDetector())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    try:
+        AGVM(model, split_param_groups(optimizer, model), Settings(interval=1)).attach()
+    except ValueError as error:
+        return str(error)
+
+
+def test_a_sharded_model_is_refused(workers):
+    if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
+        pytest.skip("fully_shard is public from torch 2.6 on")
+    assert all("is sharded" in message for message in workers(2).run(_sharded))

@@ -1,5 +1,5 @@
 # What every large-batch LazyConfig starts from: the arguments of agvm_d2.AGVMHook, and what
-# agvm_d2/lazy.py adds to Detectron2's `train`.
+# agvm_d2/d2/lazy.py adds to Detectron2's `train`.
 from functools import partial
 from detectron2.config import LazyCall as L
 from detectron2.model_zoo import get_config
