@@ -292,8 +292,8 @@ def build_tap(
     sharded |= {type(p).__name__ for p in model.parameters()} & {"DTensor"}
     if sharded:
         raise ValueError(
-            f"AGVM needs whole gradients in each worker, but this model is sharded: "
-            f"{sharded.pop()}. Train it in DistributedDataParallel, or without AGVM (AGVM.ENABLED False)."
+            "AGVM needs whole gradients in each worker, but this model is sharded: "
+            f"{sharded.pop()}. Train it in DistributedDataParallel, or with AGVM.ENABLED False."
         )
     if split:
         from .split import build_split_tap
