@@ -13,6 +13,8 @@ from toy_d2 import ToyLoader, ToyTrainer, agvm_hook, toy_config, train, weights
 
 from agvm_d2 import AGVMTrainerMixin
 from agvm_d2.d2.checkpoint import AtomicCheckpointer
+from agvm_d2.d2.loader import IterationSeeder
+from agvm_d2.solver import prepare_optimizer
 
 MICRO = {"SOLVER__MICRO_BATCH_SIZE": 2}
 
@@ -276,8 +278,8 @@ def test_a_projects_detectron2_clipping_is_kept(tmp_path):
 # Built
 
 
-def of_periodic_hooks(trainer):
-    return [h.checkpointer for h in trainer._hooks if isinstance(h, hooks.PeriodicCheckpointer)]
+def of_periodic_hooks(trainer, built=()):
+    return [h.checkpointer for h in built or trainer._hooks if isinstance(h, hooks.PeriodicCheckpointer)]
 
 
 def test_the_stock_checkpointer_gives_way_to_one_that_is_never_half_written(tmp_path):
@@ -320,6 +322,99 @@ def test_a_reference_world_size_scales_before_the_checks(tmp_path):
     options = {"SOLVER__REFERENCE_WORLD_SIZE": 2, "SOLVER__IMS_PER_BATCH": 6}
     trainer = ToyTrainer(toy_config(tmp_path, SOLVER__MICRO_BATCH_SIZE=1, **options))
     assert trainer.cfg.SOLVER.IMS_PER_BATCH == 3 and agvm_hook(trainer).agvm.num_units == 3
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_reference_world_size_scales_every_key_that_counts_iterations(tmp_path, frozen):
+    """Eight times the workers: an eighth of the iterations. How often to measure stays."""
+    options = {
+        "SOLVER__MAX_ITER": 9000, "SOLVER__WARMUP_ITERS": 480, "SOLVER__STEPS": (6000, 8000),
+        "SOLVER__IMS_PER_BATCH": 64, "SOLVER__CLIP_GRADIENTS__ITER_RANGE": (400, 600),
+        "AGVM__START_ITER": 600, "AGVM__STOP_ITER": 8000, "AGVM__INTERVAL": 10,
+    }  # fmt: skip
+    cfg = toy_config(tmp_path, SOLVER__REFERENCE_WORLD_SIZE=8, **options)
+    if frozen:
+        cfg.freeze()
+    new = ToyTrainer.auto_scale_workers(cfg, 64)
+    assert (new.SOLVER.MAX_ITER, new.SOLVER.WARMUP_ITERS) == (1125, 60)
+    assert (new.AGVM.START_ITER, new.AGVM.STOP_ITER, new.AGVM.INTERVAL) == (75, 1000, 10)
+    assert tuple(new.SOLVER.CLIP_GRADIENTS.ITER_RANGE) == (50, 75)
+    assert new.is_frozen() == frozen
+    cfg = toy_config(tmp_path, SOLVER__REFERENCE_WORLD_SIZE=8)  # -1: never, and always
+    new = ToyTrainer.auto_scale_workers(cfg, 64)
+    assert new.AGVM.STOP_ITER == -1 and new.SOLVER.CLIP_GRADIENTS.ITER_RANGE == ()
+    assert ToyTrainer.auto_scale_workers(toy_config(tmp_path), 64).AGVM.START_ITER == 2  # off
+
+
+# Projects that build more of it themselves
+
+
+class OwnOptimizerName(ToyTrainer):
+    """As Panoptic-DeepLab's."""
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        assert cfg.SOLVER.OPTIMIZER == "ADAM" and cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "agc"
+        return prepare_optimizer(cfg, torch.optim.Adam(model.parameters(), 1e-3), model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg, optimizer):
+        assert cfg.SOLVER.WARMUP_METHOD == "burnin"
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+
+
+def test_a_project_may_name_what_it_builds_itself(tmp_path):
+    names = {"OPTIMIZER": "ADAM", "WARMUP_METHOD": "burnin", "CLIP_GRADIENTS__CLIP_TYPE": "agc"}
+    options = {f"SOLVER__{key}": value for key, value in names.items()}
+    options["SOLVER__CLIP_GRADIENTS__CLIP_VALUE"] = 0.0
+    trainer = train(toy_config(tmp_path, **MICRO, **options), OwnOptimizerName)
+    assert (agvm_hook(trainer).modulator.factors[1:] != 1).all()
+
+
+class OwnRunStep(ToyTrainer):
+    """As unbiased-teacher's."""
+
+    def run_step(self):
+        self._trainer.iter = self.iter
+        loss = sum(self.model(next(self._trainer._data_loader_iter)).values())
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_run_step_that_does_not_know_micro_batches_is_refused(tmp_path, enabled):
+    with pytest.raises(ValueError, match=r"MICRO_BATCH_SIZE: .*OwnRunStep.run_step"):
+        OwnRunStep(toy_config(tmp_path, AGVM__ENABLED=enabled, **MICRO))
+    train(toy_config(tmp_path, AGVM__ENABLED=enabled), OwnRunStep)
+
+
+class OwnCheckpoints(ToyTrainer):
+    """As AdelaiDet's: a checkpointer of optimizer and scheduler, without the trainer."""
+
+    def build_hooks(self):
+        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler}
+        self.checkpointer = DetectionCheckpointer(self.model, self.cfg.OUTPUT_DIR, **parts)
+        built = super().build_hooks()
+        assert of_periodic_hooks(self, built) == [self.checkpointer]
+        return built
+
+    def resume_or_load(self, resume=True):
+        data = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if resume and self.checkpointer.has_checkpoint():
+            self.start_iter = data.get("iteration", -1) + 1
+
+
+def test_a_checkpointer_without_the_trainer_gets_agvms_state(tmp_path):
+    options = {**MICRO, "SOLVER__MAX_ITER": 6, "SEED": 7}
+    first = train(toy_config(tmp_path, **options), OwnCheckpoints)
+    again = OwnCheckpoints(toy_config(tmp_path, **{**options, "SOLVER__MAX_ITER": 9, "SEED": 8}))
+    again.resume_or_load(resume=True)
+    assert again.start_iter == 6
+    old, new = agvm_hook(first).modulator, agvm_hook(again).modulator
+    assert torch.equal(new.factors, old.factors) and (new.factors[1:] != 1).all()
+    seeder = next(h for h in again._hooks if isinstance(h, IterationSeeder))
+    assert seeder.state_dict()["seed"] == 7
 
 
 def test_bad_values_are_named_before_anything_is_built(tmp_path):
