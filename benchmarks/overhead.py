@@ -5,10 +5,11 @@ code's scheme, on a CPU over gloo.
     python benchmarks/overhead.py --model r50 --workers 2 --rounds 5 --json overhead.json
 
 Variants run in turn, step by step, in rotating order, on the same images with the same random
-numbers; one thread a worker. A round is 10 steps of each; ratios are of a round to plain DDP's:
+numbers; one thread per worker. A round is 10 steps of each; ratios are of a round to plain DDP's:
 median (lowest to highest). CPU time is the process's, less disturbed than wall time. "own code" is
 CPU time in the package's functions over the round's wall time, without the averaging of buckets,
-which takes DDP's place and stands beside it. Peak memory is taken in jobs of their own.
+which takes DDP's place and stands beside it. Calls and bytes are of one worker (lowest to highest
+where workers differ). Peak memory is taken in jobs of their own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ import platform
 import resource
 import statistics
 import tempfile
+import threading
 import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
 import torch
 import torch.distributed as dist
 from detectron2.config import get_cfg
@@ -28,13 +33,17 @@ from detectron2.engine import launch
 from detectron2.model_zoo import get_config_file
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
-from agvm_d2 import AGVMHook, add_agvm_config, moments, split_param_groups
+from agvm_d2 import AGVM, AGVMHook, add_agvm_config, moments, split_param_groups
 from agvm_d2.modules import assign_modules
+from agvm_d2.moments import BucketTap
+from agvm_d2.split import SplitBucketTap
 from agvm_d2.variance import lr_ratio
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 VARIANTS = (
     "plain",
     "agvm interval 10",
@@ -53,7 +62,9 @@ def make_model(name: str) -> tuple[torch.nn.Module, int]:
         cfg.merge_from_file(get_config_file("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"))
         cfg.MODEL.BACKBONE.FREEZE_AT = 0
     else:
-        cfg.merge_from_file("configs/Digits-Detection/faster_rcnn_thin_R_50_FPN_bs64_agvm.yaml")
+        cfg.merge_from_file(
+            str(CONFIGS / "Digits-Detection/faster_rcnn_thin_R_50_FPN_bs64_agvm.yaml")
+        )
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
     torch.manual_seed(0)
     return build_model(cfg).train(), 320 if name == "r50" else 96
@@ -70,89 +81,118 @@ def make_image(side: int, seed: int) -> dict:
 
 
 class Official:
-    """The official code's scheme: a DDP of its own with one all-reduce a parameter after backward,
-    and on a measured step 3 P + 2 collectives: for each parameter the mean within each half, an
-    exchange between the halves, and the mean over all; then the factors."""
+    """The official code's scheme, for an even number of workers: a DDP of its own with one
+    all-reduce per parameter after backward, and on a measured step 3 P + 2 collectives. Each
+    parameter is reduced in either half (a worker's call for the other half returns at once) and
+    over all; one all-gather shows two workers, one of each half, all gradients of both; the first
+    tells all what it found."""
 
-    def __init__(self, model):
+    def __init__(self, model: torch.nn.Module):
         self.model = model
         self.modules = assign_modules(model)
-        self.factors = dict.fromkeys(self.modules, 1.0)
-        world, rank = dist.get_world_size(), dist.get_rank()
+        self.factors = torch.ones(len(self.modules))
+        world = dist.get_world_size()
         half = world // 2
-        groups = [dist.new_group(list(range(half))), dist.new_group(list(range(half, world)))]
-        self.half, self.half_group = half, groups[rank >= half]
-        pairs = [dist.new_group([i, i + half]) for i in range(half)]
-        self.pair = pairs[rank % half]
+        self.halves = [dist.new_group([*range(half)]), dist.new_group([*range(half, world)])]
+        self.pair = dist.new_group([0, min(half + 8, world - 1)])
+        self.scale = 1 / (world * half)  # of the loss: gradients are summed over a half, then all
+        warnings.filterwarnings("ignore", "Running all_", UserWarning)  # for the other half
 
+    def __call__(self, data: list[dict]) -> dict[str, torch.Tensor]:
+        return {name: loss * self.scale for name, loss in self.model(data).items()}
+
+    @torch.no_grad()
     def after_backward(self) -> None:
-        halves: dict[str, tuple[list, list]] = {}
-        for module, params in self.modules.items():
-            own, both = [], ([], [])
-            for p in params:
-                grad = p.grad.clone()
-                dist.all_reduce(grad, group=self.half_group)
-                own.append(grad / self.half)
-            for grad in own:
-                gathered = [torch.empty_like(grad) for _ in range(2)]
-                dist.all_gather(gathered, grad, group=self.pair)
-                both[0].append(gathered[0].flatten())
-                both[1].append(gathered[1].flatten())
-            halves[module] = both
-        for params in self.modules.values():
-            for p in params:
-                dist.all_reduce(p.grad)
-                p.grad /= dist.get_world_size()
-        variances = {}
-        for module, (a, b) in halves.items():
-            cosine = torch.nn.functional.cosine_similarity(torch.cat(a), torch.cat(b), dim=0)
-            variances[module] = 1 - cosine.item()
-        for module, variance in variances.items():
-            ratio = lr_ratio(variance, variances["backbone"])
-            self.factors[module] = 0.97 * self.factors[module] + 0.03 * ratio**0.5
-        numbers = torch.tensor(list(self.factors.values()))
-        dist.broadcast(numbers, 0)
-        dist.broadcast(torch.tensor(list(variances.values())), 0)
-        self.factors = dict(zip(self.modules, numbers.tolist(), strict=True))
+        params = [p for params in self.modules.values() for p in params]
+        for p in params:
+            for group in self.halves:
+                dist.all_reduce(p.grad, group=group)
+        world = dist.get_world_size()
+        grads = [
+            torch.cat([p.grad.flatten() for p in params]) * world
+            for params in self.modules.values()
+        ]
+        sizes = [len(grad) for grad in grads]
+        flat = torch.cat(grads)
+        gathered = [torch.zeros_like(flat) for _ in range(2)]
+        dist.all_gather(gathered, flat, group=self.pair)
+        for p in params:
+            dist.all_reduce(p.grad)
+        variances = flat.new_zeros(len(sizes))
+        if dist.get_rank() == 0:
+            pairs = zip(*(both.split(sizes) for both in gathered), strict=True)
+            cosine = torch.cosine_similarity
+            variances = torch.stack([1 - cosine(a, b, dim=0) for a, b in pairs])
+        dist.broadcast(variances, 0)
+        anchor = variances[[*self.modules].index("backbone")]
+        self.factors = 0.97 * self.factors + 0.03 * lr_ratio(variances, anchor).sqrt()
+
+
+class _Then:
+    """A future of which only `then` is called, once."""
+
+    def __init__(self, then):
+        self.then = then
 
 
 class OwnTime:
-    """CPU seconds of the calling threads inside the package's functions, nothing counted twice."""
+    """CPU seconds of the calling threads inside the package's functions. What one of them spends
+    inside another is the inner one's, so nothing is counted twice."""
 
     def __init__(self):
-        self._spent: list[float] = []  # append is atomic: futures call back on other threads
-        self._averaging: list[float] = []
-        self._wrap(moments, "_bucket_hook", self._spent)
-        for name in ("before_step", "after_backward", "after_step"):
-            self._wrap(AGVMHook, name, self._spent)
-        for name in ("_before_optimizer_step", "_after_optimizer_step"):
-            self._wrap(AGVMHook, name, self._spent)
-        self._wrap(Official, "after_backward", self._spent)
-        # Inside _bucket_hook; what `before` returns runs later.
-        self._wrap(moments.BucketTap, "average", self._averaging)
-        before = moments.BucketTap.before
-        moments.BucketTap.before = lambda tap, bucket: self._timed(before(tap, bucket), self._spent)
+        # append is atomic: futures call back on other threads
+        self._spent: dict[str, list[float]] = {"own": [], "averaging": []}
+        self._thread = threading.local()
 
-    def _timed(self, function, spent: list[float]):
-        @functools.wraps(function)
+    def install(self) -> OwnTime:
+        """From here on in this process; jobs are built after it."""
+        self._wrap(moments, "_comm_hook")
+        for owner, names in (
+            (AGVM, "begin backward_done end _before_optimizer_step _after_optimizer_step"),
+            (AGVMHook, "before_step after_backward after_step"),
+            (Official, "after_backward"),
+        ):
+            for name in names.split():
+                self._wrap(owner, name)
+        # What measures an averaged bucket, or a half's, runs later, when a future calls back.
+        average = self.timed(BucketTap.average, "averaging")
+
+        def timed_average(tap, bucket):
+            future = average(tap, bucket)
+            if not tap.measuring:
+                return future  # DDP's own
+            return _Then(lambda measure: future.then(self.timed(measure)))
+
+        measure_units = SplitBucketTap._measure_units
+        BucketTap.average = timed_average
+        SplitBucketTap._measure_units = lambda tap, bucket, measure: measure_units(
+            tap, bucket, self.timed(measure)
+        )
+        return self
+
+    def timed(self, function: Callable, kind: str = "own") -> Callable:
         def timed(*args, **kwargs):
+            outer = getattr(self._thread, "inner", 0.0)
+            self._thread.inner = 0.0  # spent by those that this one calls
             start = time.thread_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                spent.append(time.thread_time() - start)
+                seconds = time.thread_time() - start
+                self._spent[kind].append(seconds - self._thread.inner)
+                self._thread.inner = outer + seconds
 
-        return timed
+        return functools.update_wrapper(timed, function)
 
-    def _wrap(self, owner, name: str, spent: list[float]) -> None:
-        setattr(owner, name, self._timed(getattr(owner, name), spent))
+    def _wrap(self, owner, name: str) -> None:
+        setattr(owner, name, self.timed(getattr(owner, name)))
 
     def take(self) -> tuple[float, float]:
         """Seconds since the last call: without averaging, and averaging."""
-        averaging, spent = sum(self._averaging), sum(self._spent)
-        self._averaging.clear()
-        self._spent.clear()
-        return spent - averaging, averaging
+        own, averaging = (sum(spent) for spent in self._spent.values())
+        for spent in self._spent.values():
+            spent.clear()
+        return own, averaging
 
 
 class Job:
@@ -164,9 +204,9 @@ class Job:
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=1e-7, momentum=0.9, foreach=True
         )
-        self.hook = self.official = None
+        self.hook = None
         if variant.startswith("official"):
-            self.official, self.ddp = Official(self.model), self.model
+            self.ddp = Official(self.model)
         else:
             self.ddp = DistributedDataParallel(self.model, broadcast_buffers=False)
         if variant.startswith(("agvm", "split")):
@@ -183,7 +223,7 @@ class Job:
         self.iteration = 0
 
     def step(self, seed: int) -> tuple[float, float]:
-        """Wall and CPU seconds of one step, all workers at a time."""
+        """Wall and CPU seconds of one step of all workers."""
         data = [make_image(self.side, 1000 * seed + dist.get_rank())]
         torch.manual_seed(seed)
         dist.barrier()
@@ -194,10 +234,9 @@ class Job:
             loss = sum(self.ddp(data).values())
             self.optimizer.zero_grad()
             loss.backward()
-            if self.hook:
-                self.hook.after_backward()
-            if self.official:
-                self.official.after_backward()
+            for listener in (self.hook, self.ddp):
+                if isinstance(listener, (AGVMHook, Official)):
+                    listener.after_backward()
             self.optimizer.step()
             if self.hook:
                 self.hook.after_step()
@@ -206,17 +245,17 @@ class Job:
         return time.perf_counter() - start, time.process_time() - cpu
 
 
-def count_collectives(job: Job, steps: int) -> list[tuple[int, int]]:
-    """(calls, bytes) of each step, seen where torch.distributed hands them to gloo."""
-    counted: list[tuple[int, int]] = []
-    calls: list[int] = []
+def count_collectives(function: Callable[[], object]) -> tuple[int, int]:
+    """(calls, bytes) of `function`, seen where torch.distributed hands them to gloo."""
+    sizes: list[int] = []
     names = ("all_reduce", "all_gather", "broadcast", "reduce")
     originals = {name: getattr(dist, name) for name in names}
 
     def spy(name):
         def call(first, *args, **kwargs):
-            tensors = args[:1] if name == "all_gather" else [first]
-            calls.append(sum(t.numel() * t.element_size() for t in tensors))
+            tensor = args[0] if name == "all_gather" else first
+            outside = kwargs.get("group") is dist.GroupMember.NON_GROUP_MEMBER
+            sizes.append(0 if outside else tensor.numel() * tensor.element_size())
             return originals[name](first, *args, **kwargs)
 
         return call
@@ -224,14 +263,11 @@ def count_collectives(job: Job, steps: int) -> list[tuple[int, int]]:
     for name in names:
         setattr(dist, name, spy(name))
     try:
-        for i in range(steps):
-            calls.clear()
-            job.step(i)
-            counted.append((len(calls), sum(calls)))
+        function()
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)
-    return counted
+    return len(sizes), sum(sizes)
 
 
 def averaging_hook(state, bucket):
@@ -241,6 +277,7 @@ def averaging_hook(state, bucket):
 
 
 def collectives(model_name: str) -> dict:
+    """{variant: {step: [(calls, bytes) of each worker]}}"""
     found = {}
     for variant in VARIANTS:
         job = Job(variant, model_name)
@@ -248,15 +285,16 @@ def collectives(model_name: str) -> dict:
             job.ddp.register_comm_hook(None, averaging_hook)
         job.step(0)  # after it DDP rebuilds its buckets
         job.iteration = 0
-        counted = count_collectives(job, 2)
-        found[variant] = {"measured": counted[0], "other": counted[1]}
-        del job
+        found[variant] = {
+            kind: comm.all_gather(count_collectives(functools.partial(job.step, seed)))
+            for seed, kind in enumerate(("measured", "other"))
+        }
     return found
 
 
 def times(model_name: str, rounds: int) -> dict:
-    """{figure: {variant: [one value a round]}}"""
-    clock = OwnTime()
+    """{figure: {variant: [one value per round]}}"""
+    clock = OwnTime().install()
     jobs = [Job(variant, model_name) for variant in VARIANTS]
     for i in range(2):
         for job in jobs:
@@ -307,6 +345,11 @@ def spread(values: list[float], form: str) -> str:
     return f"{middle:{form}} ({low:{form}} to {high:{form}})"
 
 
+def span(values: list[float], form: str) -> str:
+    """One number where all are alike."""
+    return " to ".join(dict.fromkeys(f"{end:{form}}" for end in (min(values), max(values))))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -343,9 +386,13 @@ def main() -> None:
                 spread([100 * a / b for a, b in zip(timed[c][v], wall, strict=True)], ".2f")
                 for c in ("own", "averaging")
             ]
+            steps = [
+                zip(*counted[v][kind], strict=True)
+                for kind in ("measured", "other")  # of workers
+            ]
             calls = [
-                f"{number}, {size / 1e6:.6f}"
-                for number, size in (counted[v]["measured"], counted[v]["other"])
+                f"{span(number, 'd')}, {span([size / 1e6 for size in sizes], '.6f')}"
+                for number, sizes in steps
             ]
             more = f"{(memory[v] - memory['plain']) / 1e6:.0f}"
             step = f"{statistics.median(wall) / ROUND:.3f}"

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 
 import agvm_d2.data  # noqa: F401  registers the bundled datasets
-from agvm_d2.config import read_config
+from agvm_d2.d2.config import read_config
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIG = os.path.join(ROOT, "configs/Base-RCNN-FPN-Digits.yaml")

@@ -8,8 +8,10 @@ python benchmarks/reliability.py long --steps 20000  # memory, open files, log s
 
 from __future__ import annotations
 import argparse
+import itertools
 import json
 import os
+import pickle
 import random
 import re
 import signal
@@ -18,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
+from pathlib import Path
 import torch
 from detectron2.engine import HookBase, launch
 from detectron2.utils import comm
@@ -28,53 +32,92 @@ from tqdm import trange
 from agvm_d2 import AGVMTrainer, add_agvm_config
 from agvm_d2.d2.checkpoint import AtomicCheckpointer
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-CONFIG = os.path.join(ROOT, "configs/Digits-Detection/faster_rcnn_thin_R_50_FPN_bs64_agvm.yaml")
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs/Digits-Detection/faster_rcnn_thin_R_50_FPN_bs64_agvm.yaml"
+TRAINING = """
+    --resume --num-gpus 2 --dist-url auto SOLVER.IMS_PER_BATCH 4 SOLVER.MICRO_BATCH_SIZE 0
+    SOLVER.MAX_ITER 1000000 SOLVER.CHECKPOINT_PERIOD 5 DATALOADER.NUM_WORKERS 0 AGVM.INTERVAL 2
+    AGVM.START_ITER 4 SOLVER.BASE_LR 0.001
+"""
 
 
-def saves(kills: int, rng: random.Random) -> dict:
-    """A process that does nothing but save is killed at random moments; each checkpoint that
-    `last_checkpoint` ever named, and every .pth file, must load and hold one iteration throughout.
-    """
-    finished = torn = 0
+def read_checkpoints(folder: str, due: Iterable[str] = ()) -> dict[str, dict | None]:
+    """Name -> content, of the checkpoints in `folder`, those due there, and the one that
+    `last_checkpoint` names; None: it cannot be read."""
+    names = {name for name in os.listdir(folder) if name.endswith(".pth")} | {*due}
+    tagged = tag(folder)
+    return {name: load(folder, name) for name in names | ({tagged} if tagged else set())}
+
+
+def load(folder: str, name: str) -> dict | None:
+    try:
+        return torch.load(os.path.join(folder, name), weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+        return None
+
+
+def tag(folder: str) -> str:
+    """What `last_checkpoint` says; "": there is none."""
+    path = Path(folder, "last_checkpoint")
+    return path.read_text() if path.exists() else ""
+
+
+def save_forever(checkpointer: AtomicCheckpointer, prefix: str, report: int) -> None:
+    """In a forked process: three files in turn; each finished save's number goes to `report`."""
+    try:
+        for i in itertools.count():
+            nn.init.constant_(checkpointer.model.weight, i)
+            checkpointer.save(f"{prefix}_{i % 3}", iteration=i)
+            os.write(report, f"{i}\n".encode())
+    finally:
+        os._exit(1)
+
+
+def saves(
+    kills: int, rng: random.Random, checkpointer: type[AtomicCheckpointer] = AtomicCheckpointer
+) -> dict:
+    """A process that does nothing but save is killed at random moments. Lost is a checkpoint whose
+    save had ended and that is not there, cannot be read, or is an older one; also one that is there
+    and torn, and a `last_checkpoint` that names no readable one, or one before the last."""
+    whole = torn = lost = 0
     torch.set_num_threads(1)  # OpenMP does not survive a fork
     with tempfile.TemporaryDirectory() as folder:
         first = nn.Linear(1, 1)
-        nn.init.zeros_(first.weight)
-        AtomicCheckpointer(first, folder).save("model_start", iteration=0)
+        nn.init.constant_(first.weight, -1)
+        checkpointer(first, folder).save("model_start", iteration=-1)
+        due = {"model_start.pth": -1}
         for kill in range(kills):
+            ended, report = os.pipe()
             pid = os.fork()
             if pid == 0:
                 model = nn.Linear(1000, 2000)  # 8 MB
-                checkpointer = AtomicCheckpointer(model, folder, save_to_disk=True)
-                i = 0
-                while True:
-                    with torch.no_grad():
-                        model.weight.fill_(i)
-                    checkpointer.save(f"model_{kill}_{i % 3}", iteration=i)
-                    i += 1
-            time.sleep(rng.uniform(0.2, 0.8))
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            names = [name for name in os.listdir(folder) if name.endswith(".pth")]
+                save_forever(checkpointer(model, folder), f"model_{kill}", report)
+            os.close(report)
+            with open(ended) as f:
+                numbers = [int(f.readline())]
+                time.sleep(rng.uniform(0, 0.6))
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                numbers += [int(line) for line in f]
+            due.update((f"model_{kill}_{i % 3}.pth", i) for i in numbers)
+            found = {}
+            for name, data in read_checkpoints(folder, due).items():
+                if data and (data["model"]["weight"] == data["iteration"]).all():
+                    found[name] = data["iteration"]
+                whole += name in found
+                lost += name not in found or found[name] < due.get(name, -1)
+            tagged = tag(folder)
+            lost += tagged in found and found[tagged] < numbers[-1]
             torn += any(name.endswith(".part") for name in os.listdir(folder))
-            with open(os.path.join(folder, "last_checkpoint")) as f:
-                tagged = f.read()
-            assert tagged in names
-            for name in names:
-                data = torch.load(os.path.join(folder, name), weights_only=True)
-                assert (data["model"]["weight"] == data["iteration"]).all(), name
-                finished += 1
-                if name != tagged:
-                    os.remove(os.path.join(folder, name))
             for name in os.listdir(folder):
-                if name.endswith(".part"):
+                if name not in (tagged, "last_checkpoint"):
                     os.remove(os.path.join(folder, name))
+            due = {tagged: found[tagged]} if tagged in found else {}
     return {
         "kills": kills,
         "in_the_middle_of_a_write": torn,
-        "whole_files_read": finished,
-        "lost": 0,
+        "whole_files_read": whole,
+        "lost": lost,
     }
 
 
@@ -85,26 +128,22 @@ def children(pid: int) -> list[int]:
 
 
 def last(folder: str) -> int:
-    """The iteration of the last checkpoint; -1: none. It must load."""
-    path = os.path.join(folder, "last_checkpoint")
-    if not os.path.exists(path):
-        return -1
-    with open(path) as f:
-        return torch.load(os.path.join(folder, f.read()), weights_only=True)["iteration"]
+    """The iteration of the last checkpoint; -1: none that can be read."""
+    data = load(folder, tag(folder))
+    return data["iteration"] if data else -1
 
 
 def workers(kills: int, rng: random.Random) -> dict:
-    """One training in two workers; at random iterations one worker is killed, then it resumes."""
-    seconds, resumed = [], 0
+    """One training in two workers; at random iterations one worker is killed, then it resumes.
+    Lost is a checkpoint that is torn, was there and is not, or is named and not there."""
+    seconds, resumed, lost = [], 0, 0
+    kept: set[str] = set()
     with tempfile.TemporaryDirectory() as folder:
         for _ in trange(kills, unit="kill"):
             before = last(folder)
             process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", os.path.join(ROOT, "train_net.py")]
-                + ["--config-file", CONFIG, "--resume", "--num-gpus", "2", "--dist-url", "auto"]
-                + "SOLVER.IMS_PER_BATCH 4 SOLVER.MICRO_BATCH_SIZE 0 SOLVER.MAX_ITER 1000000".split()
-                + "SOLVER.CHECKPOINT_PERIOD 5 DATALOADER.NUM_WORKERS 0 AGVM.INTERVAL 2".split()
-                + ["AGVM.START_ITER", "4", "SOLVER.BASE_LR", "0.001", "OUTPUT_DIR", folder],
+                [sys.executable, "-W", "ignore", str(ROOT / "train_net.py")]
+                + ["--config-file", str(CONFIG), *TRAINING.split(), "OUTPUT_DIR", folder],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -124,16 +163,16 @@ def workers(kills: int, rng: random.Random) -> dict:
             if before >= 0:
                 assert f"Starting training from iteration {before + 1}\n" in output, output[-4000:]
                 resumed += 1
-            for name in sorted(os.listdir(folder)):  # every finished checkpoint is whole
-                if name.endswith(".pth"):
-                    torch.load(os.path.join(folder, name), weights_only=True)
+            found = read_checkpoints(folder, kept)
+            kept = {name for name, data in found.items() if data}
+            lost += len(found) - len(kept)
             reached = last(folder)
     return {
         "kills": kills,
         "resumed_from_the_last_checkpoint": resumed,
         "seconds_to_the_end": {"median": statistics.median(seconds), "max": max(seconds)},
         "iterations_reached": reached,
-        "lost": 0,
+        "lost": lost,
     }
 
 
