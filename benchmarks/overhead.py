@@ -163,9 +163,9 @@ class OwnTime:
                 return future  # DDP's own
             return _Then(lambda measure: future.then(self.timed(measure)))
 
-        measure_units = SplitBucketTap._measure_units
+        measure_units = SplitBucketTap.measure_units
         BucketTap.average = timed_average
-        SplitBucketTap._measure_units = lambda tap, bucket, measure: measure_units(
+        SplitBucketTap.measure_units = lambda tap, bucket, measure: measure_units(
             tap, bucket, self.timed(measure)
         )
         return self

@@ -6,7 +6,6 @@ import pathlib
 import queue
 import shutil
 import socket
-import sys
 import tempfile
 import traceback
 import pytest
@@ -23,7 +22,6 @@ os.environ["DETECTRON2_DATASETS"] = DATASETS = os.environ["AGVM_TEST_DATASETS"]
 TIMEOUT = 1800  # s; against a hang, also on a busy machine
 
 TESTS = pathlib.Path(__file__).parent
-sys.path.insert(0, str(TESTS.parent))  # train_net
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

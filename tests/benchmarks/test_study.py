@@ -8,9 +8,8 @@ import torch
 from agvm_d2.moments import pairwise_moments
 from agvm_d2.rules import RULES
 from agvm_d2.settings import Settings
-from benchmarks.study import figures, plan
+from benchmarks.study import figures, plan, tables
 from benchmarks.study import run as study_run
-from benchmarks.study import tables
 from benchmarks.study.methods import BASE_LR, METHODS, register_rules
 from benchmarks.study.plan import Search, pending
 from benchmarks.study.results import Cell, Run, by_cell, read

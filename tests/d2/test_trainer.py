@@ -279,7 +279,8 @@ def test_a_projects_detectron2_clipping_is_kept(tmp_path):
 
 
 def of_periodic_hooks(trainer, built=()):
-    return [h.checkpointer for h in built or trainer._hooks if isinstance(h, hooks.PeriodicCheckpointer)]
+    found = [h for h in built or trainer._hooks if isinstance(h, hooks.PeriodicCheckpointer)]
+    return [h.checkpointer for h in found]
 
 
 def test_the_stock_checkpointer_gives_way_to_one_that_is_never_half_written(tmp_path):
