@@ -267,10 +267,11 @@ class AGVM:
         return {name: value for name, value in named.items() if value == value}  # not NaN
 
     def state_dict(self) -> dict:
+        """What `load_state_dict` takes: the factors and the averages behind the noise scale."""
         return self.modulator.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """ValueError where the state was saved with other modules."""
+        """Go on from a saved state; ValueError where it was saved with other modules."""
         self.modulator.load_state_dict(state)
 
 

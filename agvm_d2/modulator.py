@@ -92,7 +92,8 @@ class Modulator:
         return {"modules": list(self.names), "num_units": self.num_units, **arrays}
 
     def load_state_dict(self, state: dict) -> None:
-        """
+        """Go on from a saved state.
+
         Raises:
             ValueError: the state was saved with other modules.
         """

@@ -64,9 +64,11 @@ class GradientTap:
 
     @property
     def params(self) -> list[nn.Parameter]:
+        """Those of all modules."""
         return [p for params in self.modules.values() for p in params]
 
     def norms(self) -> ModuleNorms:
+        """Empty, for one gradient of the whole model."""
         return ModuleNorms(self.modules, self.precondition)
 
     def start(self) -> None:
@@ -94,6 +96,7 @@ class GradientTap:
         """`.grad` holds the average, before clipping and unscaling."""
 
     def stop(self) -> None:
+        """Do not measure any more; what was not collected is dropped at the next `start`."""
         self.measuring = False
         for handle in self._handles:
             handle.remove()

@@ -62,6 +62,7 @@ class ModuleNorms:
         self._norms: dict[torch.Tensor, list[torch.Tensor]] = {}
 
     def add(self, params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> ModuleNorms:
+        """Gradients of these parameters, each with its parameter's shape."""
         if self._precondition is not None:
             grads = [self._precondition(p, g) for p, g in zip(params, grads, strict=True)]
         # Futures call back on other threads, but each for parameters of its own.

@@ -13,7 +13,8 @@ HYPERPARAMETERS = ("momentum", "betas", "trust_coefficient", "grad_averaging")
 
 
 def require_hooks(optimizer: torch.optim.Optimizer) -> None:
-    """
+    """See that `optimizer` has torch's hooks.
+
     Raises:
         TypeError: a wrapper that does not call Optimizer.__init__, and so has none.
     """

@@ -132,7 +132,8 @@ def build_split_tap(
     precondition: Precondition | None,
     inner: CommHook | None,
 ) -> GradientTap:
-    """
+    """The tap for the halves that this model has: of workers, or of micro-batches.
+
     Raises:
         ValueError: neither micro-batches nor DDP with a free communication hook.
     """

@@ -6,10 +6,12 @@ from typing import Any
 
 
 def is_int(value: Any) -> bool:
+    """A whole number; True is none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(*values: Any) -> bool:
+    """Whole numbers or floats."""
     return all(is_int(v) or isinstance(v, float) for v in values)
 
 
@@ -20,6 +22,7 @@ def require(ok: bool, key: str, value: Any, need: str) -> None:
 
 
 def one_of(key: str, value: Any, allowed: Collection[str]) -> None:
+    """`require` that `value` is one of the names in `allowed`."""
     require(value in tuple(allowed), key, value, f"be one of {', '.join(allowed)}")
 
 

@@ -15,10 +15,15 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     A checkpoint is written to NAME.part, flushed to disk and renamed; `last_checkpoint` follows the
     same way, after it. Killed at any moment, or on a full disk, the one before stays.
+
+        checkpointer = AtomicCheckpointer(model, "output", trainer=trainer)
+        checkpointer.resume_or_load(weights, resume=True)
+        checkpointer.save("model_0000999")
     """
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """
+        """Write NAME.pth, then make `last_checkpoint` name it.
+
         Raises:
             OSError: the disk is full or cannot be written; nothing older is touched.
             FloatingPointError: the model holds NaN or inf; a run could not go on from it.

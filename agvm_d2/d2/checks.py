@@ -22,7 +22,8 @@ WARMUP_METHODS = ("constant", "linear", "exp")
 
 
 def check_whole(key: str, value: Any, low: int) -> None:
-    """
+    """See that `value`, of the key `key`, is a whole number from `low` on.
+
     Raises:
         ValueError: not a whole number, or below `low`.
     """
@@ -96,7 +97,8 @@ def check_names(cfg: CN) -> None:
 
 
 def check_config(cfg: CN, num_workers: int) -> None:
-    """
+    """See that the values of a yacs config can be used with `num_workers` workers.
+
     Raises:
         ValueError: names the key, what was found and what it must be.
     """
@@ -123,7 +125,8 @@ def check_config(cfg: CN, num_workers: int) -> None:
 
 
 def check_device(key: str, device: str) -> None:
-    """
+    """See that there is such a device.
+
     Raises:
         ValueError: no such device, or CUDA, and there is none.
     """
@@ -140,7 +143,8 @@ def check_device(key: str, device: str) -> None:
 
 
 def check_amp(key: str, enabled: bool, device: str) -> None:
-    """
+    """See that mixed precision can be used on this device.
+
     Raises:
         ValueError: mixed precision on a CPU, for which Detectron2's AMPTrainer is not made.
     """
@@ -150,7 +154,8 @@ def check_amp(key: str, enabled: bool, device: str) -> None:
 
 
 def check_datasets(names: Iterable[str]) -> None:
-    """
+    """See that datasets of these names are registered and their files there.
+
     Raises:
         ValueError: a name that is not registered.
         FileNotFoundError: a registered dataset whose files are not there.

@@ -160,7 +160,8 @@ class AGVMHook(HookBase):
         return self.agvm.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        """
+        """Go on from a saved state.
+
         Raises:
             ValueError: the state was saved with other modules.
         """

@@ -54,7 +54,8 @@ def _as_dict(node: DictConfig) -> dict[str, Any]:
 
 
 def load(path: str, overrides: list[str]) -> DictConfig:
-    """
+    """The LazyConfig of a .py file, with overrides as KEY=VALUE.
+
     Raises:
         ValueError: a config that does not load, or an override that does not fit it.
     """
@@ -90,7 +91,8 @@ def micro_batches(cfg: DictConfig, num_workers: int) -> int:
 
 
 def check(cfg: DictConfig, num_workers: int) -> None:
-    """
+    """See that the values of a LazyConfig can be used with `num_workers` workers.
+
     Raises:
         ValueError: names the key, what was found and what it must be.
     """

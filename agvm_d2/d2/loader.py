@@ -163,6 +163,15 @@ class ResumableLoader:
     """Infinite batches, each a list of mapped dicts: `iter` starts with the batch of iteration
     `start`.
 
+    >>> dicts = [{"file_name": name} for name in "abcdef"]
+    >>> in_order = lambda seed: TrainingSampler(len(dicts), shuffle=False)
+    >>> loader = ResumableLoader(dicts, dict, 2, in_order, grouping=False)
+    >>> [sample["file_name"] for sample in next(iter(loader))]
+    ['a', 'b']
+    >>> loader.seek(5, seed=0)
+    >>> [sample["file_name"] for sample in next(iter(loader))]
+    ['e', 'f']
+
     Args:
         dicts: Detectron2's dataset dicts.
         mapper: dict -> dict, as `DatasetMapper`; may draw from torch, numpy and random.

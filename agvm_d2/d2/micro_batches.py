@@ -64,6 +64,10 @@ class MicroBatchTrainer(SimpleTrainer):
 
     Gradients are averaged by image count, so a step is that of the whole batch (up to layers and
     losses that look at several images, such as BatchNorm). DDP communicates once, in the last pass.
+
+        trainer = MicroBatchTrainer(model, data_loader, optimizer, micro_batch_size=16)
+        trainer.register_hooks([hooks.LRScheduler(scheduler=scheduler)])
+        trainer.train(0, max_iter)
     """
 
     def __init__(
@@ -182,7 +186,8 @@ class MicroBatchTrainer(SimpleTrainer):
 def in_micro_batches(
     inner: SimpleTrainer, micro_batch_size: int, skip_nonfinite: bool = False
 ) -> MicroBatchTrainer:
-    """
+    """A MicroBatchTrainer with the parts of one of Detectron2's trainers.
+
     Raises:
         ValueError: a trainer with a step of its own.
     """

@@ -179,7 +179,12 @@ class AGVMTrainerMixin(_Trainer):
 
 
 class AGVMTrainer(AGVMTrainerMixin, DefaultTrainer):
-    """DefaultTrainer with AGVM, micro-batches, DDP on CPU and GPU, and Detectron2's evaluators."""
+    """DefaultTrainer with AGVM, micro-batches, DDP on CPU and GPU, and Detectron2's evaluators.
+
+    trainer = AGVMTrainer(cfg)  # with the keys of `add_agvm_config`
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    """
 
     @classmethod
     def build_evaluator(

@@ -21,7 +21,8 @@ _SKIPPING: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # those t
 
 
 def check_clip_value(key: str, value: float) -> None:
-    """
+    """See that `value`, of the key `key`, can be clipped by.
+
     Raises:
         ValueError: it is not a positive number.
     """
