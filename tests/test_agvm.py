@@ -5,6 +5,9 @@ import math
 import pytest
 import reference
 import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LinearLR
 from toy import MODULES, ToyDetector, batch, factors, loss, parameter_names, vectors
 
@@ -112,11 +115,16 @@ def test_moments_are_taken_before_clipping():
     assert agvm.modulator.factors.tolist() == pytest.approx(list(wanted.values()), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["Adam", "AdamW", "Lamb", "SGD"])
+class ClippedAdamW(torch.optim.AdamW):
+    """A project's own, as Mask2Former's."""
+
+
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "ClippedAdamW", "Lamb", "SGD"])
 def test_moments_are_preconditioned_where_the_optimizer_keeps_a_second_moment(kind):
     package = pytest.importorskip("pytorch_optimizer") if kind == "Lamb" else torch.optim
+    optimizer_class = ClippedAdamW if kind == "ClippedAdamW" else getattr(package, kind)
     model = ToyDetector()
-    optimizer = getattr(package, kind)(model.parameters(), lr=0.01)
+    optimizer = optimizer_class(model.parameters(), lr=0.01)
     agvm = make(model, split_param_groups(optimizer, model), mode="monitor")
     step(agvm, model, optimizer, 0)
     gradients = reference.unit_gradients(model, loss, units(1))
@@ -129,6 +137,12 @@ def test_moments_are_preconditioned_where_the_optimizer_keeps_a_second_moment(ki
     for i, names in enumerate(parameter_names(model).values()):
         wanted = reference.pairwise_variance(reference.flatten(gradients, names))
         assert float(agvm.modulator.variance[i]) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_without_a_start_it_begins_at_once():
+    model = ToyDetector()
+    agvm = AGVM(model, sgd(model), micro_batches=2)
+    assert [i for i in range(25) if agvm.modulator.due(i)] == [0, 10, 20]
 
 
 def test_an_iteration_that_is_not_measured_says_so():
@@ -231,9 +245,11 @@ def test_a_step_inside_a_step_is_scaled_and_measured_once():
 
     class Clipped(torch.optim.SGD):
         def step(self, closure=None):
-            return super().step(closure)
+            found = super().step(closure)
+            after.append([g["lr"] for g in self.param_groups])
+            return found
 
-    plain, clipped = ToyDetector(), ToyDetector()
+    plain, clipped, after = ToyDetector(), ToyDetector(), []
     torch.optim.SGD(plain.parameters(), lr=1.0)  # its class is patched, too
     optimizer = split_param_groups(Clipped(clipped.parameters(), lr=0.1), clipped)
     fired = []
@@ -242,6 +258,7 @@ def test_a_step_inside_a_step_is_scaled_and_measured_once():
     agvm, _ = run(clipped, optimizer)
     assert len(fired) == 6  # twice in each of three steps
     assert agvm.modulator.factors.tolist() == pytest.approx(wanted, rel=1e-5)
+    assert after[-1] == [0.1 * f for f in agvm.modulator.factors.tolist()]  # till its own end
     for a, b in zip(plain.parameters(), clipped.parameters()):
         torch.testing.assert_close(a, b)
     assert {g["lr"] for g in optimizer.param_groups} == {0.1}
@@ -255,6 +272,7 @@ def test_the_scheduler_never_sees_the_factors():
     for i in range(10):
         step(agvm, model, optimizer, i)
         scheduler.step()
+    agvm.detach()  # does not bring an old learning rate back
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.5] * 4)
     assert (agvm.modulator.factors[1:] != 1).all()
 
@@ -274,7 +292,9 @@ def test_a_step_that_raises_leaves_the_lr_as_it_was():
     agvm.detach()
     assert {g["lr"] for g in optimizer.param_groups} == {0.1}
     fail.remove()
+    seen = seen_lrs(optimizer)
     step(agvm, model, optimizer, 1)
+    assert agvm.measured and len(set(seen[0])) > 1  # and it goes on as ever
     assert {g["lr"] for g in optimizer.param_groups} == {0.1}
 
 
@@ -360,6 +380,42 @@ def test_it_attaches_on_the_first_begin_and_detach_takes_all_of_it_away():
     step(agvm, model, optimizer, 5)
     assert not torch.equal(before, agvm.modulator.factors)
     assert [len(h) for h in hooks] == [1, 1]
+
+
+def _two_workers_with_a_hook_of_their_own():
+    """In a worker: trains, detaches and trains again; the hook's calls, and AGVM's tap."""
+    calls = []
+
+    def hook(state, bucket):
+        calls.append(bucket.index())
+        return default_hooks.allreduce_hook(state, bucket)
+
+    ddp = DistributedDataParallel(ToyDetector())
+    optimizer = sgd(ddp)
+    settings = Settings(interval=2, momentum=0.5)
+    agvm = AGVM(ddp, optimizer, settings, comm_hook=(ddp.process_group, hook))
+    taps = []
+    for i in range(4):
+        agvm.begin(i)
+        optimizer.zero_grad()
+        loss(ddp, units(i)[dist.get_rank()]).backward()
+        agvm.backward_done()
+        optimizer.step()
+        agvm.end()
+        taps.append(agvm.tap)
+        if i == 1:
+            agvm.detach()
+    assert all(tap is taps[0] for tap in taps)  # DDP takes no second hook
+    return agvm.num_units, type(agvm.tap).__name__, calls, agvm.modulator.factors.tolist()
+
+
+def test_two_workers_with_a_communication_hook_of_their_own(workers):
+    one, other = workers(2).run(_two_workers_with_a_hook_of_their_own)
+    assert one == other
+    num_units, tap, calls, found = one
+    assert (num_units, tap) == (2, "BucketTap")
+    assert calls == [0] * 4  # measured or not
+    assert all(f != 1 for f in found[1:])
 
 
 # What was found

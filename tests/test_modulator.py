@@ -60,6 +60,13 @@ def test_a_module_without_a_finite_variance_keeps_its_factor(bad):
     assert modulator.factors.isfinite().all()
 
 
+def test_a_rule_that_asks_for_nothing_finite_is_not_followed():
+    asked = torch.tensor([math.inf, math.nan, 3.0], dtype=torch.float64)
+    modulator = Modulator(NAMES, lambda moments: asked, momentum=0.5)
+    modulator.update(moments([1.0] * 3, [0.5] * 3))
+    assert modulator.factors.tolist() == [1, 1, 2]
+
+
 def test_gain_is_approached_by_the_moving_average():
     names = ["backbone", "fpn", "rpn", "rest"]
     modulator = make(names, "gain", 16, 4, momentum=0.5)  # one of four units
@@ -85,6 +92,8 @@ def test_when_it_measures():
     assert [i for i in range(50) if modulator.due(i)] == [5, 15, 25]
     assert [i for i in range(50) if modulator.active(i)] == list(range(5, 30))
     assert make(NAMES, start_iter=5).due(10**6 + 5)
+    never = make(NAMES, stop_iter=0)
+    assert not never.due(0) and not never.active(0)
 
 
 def test_state_survives_a_weights_only_checkpoint(tmp_path):

@@ -59,6 +59,13 @@ def test_module_norms_by_hand():
     assert total.tolist() == pytest.approx([50.0, 4.0 * (BLOCK + 1), 0.0], rel=1e-6)
 
 
+def test_the_sum_is_exact_in_float64():
+    one, two = parameters(1, 1)
+    norms = ModuleNorms({"all": [one, two]})
+    norms.add([one, two], [torch.tensor([1e4]), torch.tensor([1.0])])
+    assert norms.total(torch.device("cpu")).item() == 1e8 + 1  # float32 has no such number
+
+
 def test_the_sum_has_the_same_bits_whatever_the_order_of_arrival():
     """DDP's buckets come in an order of their own, a resumed run's in another."""
     params = parameters(*range(1, 40))

@@ -82,6 +82,7 @@ def test_lr_ratio_is_one_for_the_anchor_and_clipped():
     assert lr_ratio(0.0, 0.8) == 10.0
     assert lr_ratio(2.0, 0.2) == 0.5
     assert lr_ratio(0.0, 1.0, ratio_range=(0.25, 3.0)) == 3.0
+    assert lr_ratio(0.0, 0.0) == 1.0  # no noise in either
 
 
 def test_gain_is_one_for_equal_gradients_and_k_for_orthogonal_ones():
@@ -115,6 +116,7 @@ def test_noise_scale_by_hand():
     # K = 2: spread = (2 - 1.5)/1 = 0.5, |G|^2 = 1.5 - 0.5 = 1, tr = 16 * 2 * 0.5 = 16 images.
     assert noise_scale(2.0, 1.5, 2, 16) == 16.0
     assert math.isnan(noise_scale(2.0, 0.9, 2, 16))  # |G|^2 = -0.2: drowned
+    assert noise_scale(1.0, 1.0 + 1e-12, 4, 16) == 0.0  # rounding is no noise
 
 
 def test_noise_scale_estimates_trace_over_squared_mean():
