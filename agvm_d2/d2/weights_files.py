@@ -46,15 +46,17 @@ def what_is_broken(path: str) -> str:
     return _CHECKED[key]
 
 
+def _is_zip(path: str) -> bool:
+    with open(path, "rb") as f:
+        return f.read(2) == b"PK"
+
+
 def _broken(path: str) -> str:
     try:
-        if zipfile.is_zipfile(path):
+        if _is_zip(path):
             with zipfile.ZipFile(path) as file:
                 bad = file.testzip()
             return f"the checksum of its part '{bad}' is wrong" if bad else ""
-        with open(path, "rb") as f:
-            if f.read(2) == b"PK":
-                return "it ends early, or its end is damaged"
         torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a flipped bit can make zipfile raise anything
         return f"{type(error).__name__}: {error}".splitlines()[0]
@@ -70,7 +72,7 @@ def load_pth(path: str, own_folder: str = "") -> Any:
     Raises:
         ValueError: it is damaged, or holds more than tensors and plain values.
     """
-    if zipfile.is_zipfile(path) or not os.path.getsize(path):
+    if _is_zip(path) or not os.path.getsize(path):
         broken = what_is_broken(path)
         if broken:
             raise ValueError(
