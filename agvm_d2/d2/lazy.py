@@ -37,7 +37,7 @@ from .checkpoint import AtomicCheckpointer
 from .checks import STOP_OR_SKIP, check_agvm, check_amp, check_device, check_whole
 from .hook import AGVMHook
 from .loader import ResumableLoader, shared_seed
-from .micro_batches import split_batch
+from .micro_batches import STATIC_GRAPH, split_batch
 from .run import RunOptions
 from .trainer import create_ddp_model
 
@@ -126,7 +126,8 @@ def check(cfg: DictConfig, num_workers: int) -> None:
         ("dataloader.test.num_workers", 0),
     ):
         check_whole(key, OmegaConf.select(cfg, key, default=low), low)
-    micro_batches(cfg, num_workers)
+    if micro_batches(cfg, num_workers) > 1 and OmegaConf.select(cfg, "train.ddp.static_graph"):
+        raise ValueError(STATIC_GRAPH)
     for key in ("on_nonfinite", "on_bad_image"):
         one_of(f"train.{key}", train.get(key, "stop"), STOP_OR_SKIP)
     check_device("train.device", train.device)
