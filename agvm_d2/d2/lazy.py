@@ -26,6 +26,7 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import AMPTrainer, SimpleTrainer, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format, verify_results
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -38,6 +39,7 @@ from .checks import STOP_OR_SKIP, check_agvm, check_amp, check_device, check_who
 from .hook import AGVMHook
 from .loader import ResumableLoader, shared_seed
 from .micro_batches import STATIC_GRAPH, split_batch
+from .resume import ConfigRecord, check_not_done
 from .run import RunOptions
 from .trainer import create_ddp_model
 
@@ -207,6 +209,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     model = instantiate(cfg.model).to(train.device)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
+    del cfg.optimizer.params["model"]  # not a value of the config
+    record = ConfigRecord(cfg, optimizer, train.output_dir)
     if options.skip_nonfinite:  # before clipping, which can make an inf finite
         skip_nonfinite_steps(optimizer, model)
     if train.get("clip_gradients"):
@@ -228,6 +232,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     main = comm.is_main_process()
     writers = default_writers(train.output_dir, train.max_iter) if main else []
     built = [
+        record,
         seeder,
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
@@ -239,7 +244,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     trainer.register_hooks([hook for hook in built if hook])
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    os.makedirs(train.output_dir, exist_ok=True)
+    check_not_done(start, train.max_iter, "train.max_iter")
+    PathManager.mkdirs(train.output_dir)
     trainer.train(start, train.max_iter)
     verify(cfg, results)
     return results

@@ -34,6 +34,7 @@ from .checks import check_config
 from .hook import AGVMHook
 from .loader import build_train_loader
 from .micro_batches import micro_batches
+from .resume import ConfigRecord, check_not_done
 from .run import RunOptions
 
 d2_create_ddp_model = defaults.create_ddp_model
@@ -156,7 +157,9 @@ class AGVMTrainerMixin(_Trainer):
                 **stock.checkpointables,  # the trainer, and what the project adds, such as an EMA
             )
         built = super().build_hooks()
-        built.insert(0, run_options(self.cfg).iteration_seeder(self._trainer.data_loader))
+        seeder = run_options(self.cfg).iteration_seeder(self._trainer.data_loader)
+        record = ConfigRecord(self.cfg, self.optimizer, self.cfg.OUTPUT_DIR)
+        built[:0] = [record, seeder]
         if self.cfg.AGVM.ENABLED:
             # By type, not by index: rank 0 has more hooks than the other workers.
             place = [i for i, h in enumerate(built) if isinstance(h, hooks.LRScheduler)]
@@ -166,8 +169,17 @@ class AGVMTrainerMixin(_Trainer):
             saved = self.checkpointer.checkpointables
             if not any(isinstance(part, TrainerBase) for part in saved.values()):
                 self.checkpointer.add_checkpointable("agvm", hook)
-                self.checkpointer.add_checkpointable("iteration_seeder", built[0])
+                self.checkpointer.add_checkpointable("iteration_seeder", seeder)
+                self.checkpointer.add_checkpointable("config_record", record)
         return built
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """
+        Raises:
+            ValueError: the checkpoint to resume from has more iterations than SOLVER.MAX_ITER.
+        """
+        super().resume_or_load(resume)
+        check_not_done(self.start_iter, self.max_iter, "SOLVER.MAX_ITER")
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
