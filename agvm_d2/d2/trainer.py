@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 
 from ..solver import build_lr_scheduler, unsplit_optimizer
@@ -36,6 +38,8 @@ from .loader import build_train_loader
 from .micro_batches import micro_batches
 from .resume import ConfigRecord, check_not_done
 from .run import RunOptions
+
+logger = logging.getLogger("detectron2.agvm_d2")
 
 d2_create_ddp_model = defaults.create_ddp_model
 
@@ -191,7 +195,26 @@ class AGVMTrainerMixin(_Trainer):
 
 
 class AGVMTrainer(AGVMTrainerMixin, DefaultTrainer):
-    """DefaultTrainer with AGVM, micro-batches, DDP on CPU and GPU, and Detectron2's evaluators."""
+    """DefaultTrainer with AGVM, micro-batches, DDP on CPU and GPU, and Detectron2's evaluators; and
+    test-time augmentation (TEST.AUG), which Detectron2 has in its tools/train_net.py."""
+
+    def build_hooks(self) -> list[HookBase | None]:
+        built = super().build_hooks()
+        if self.cfg.TEST.AUG.ENABLED:
+            # Before the writer, which then has the results, too.
+            places = [i for i, h in enumerate(built) if isinstance(h, hooks.PeriodicWriter)]
+            hook = hooks.EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model))
+            built.insert(places[0] if places else len(built), hook)
+        return built
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: torch.nn.Module) -> dict:
+        """Results with test-time augmentation, their names with _TTA behind; see `check_tta`."""
+        logger.info("Running inference with test-time augmentation ...")
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f"{name}_TTA": value for name, value in (results or {}).items()}
 
     @classmethod
     def build_evaluator(
