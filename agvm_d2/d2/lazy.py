@@ -210,12 +210,12 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     del cfg.optimizer.params["model"]  # not a value of the config
-    record = ConfigRecord(cfg, optimizer, train.output_dir)
     if options.skip_nonfinite:  # before clipping, which can make an inf finite
         skip_nonfinite_steps(optimizer, model)
     if train.get("clip_gradients"):
         clip_gradients(optimizer, **train.clip_gradients)
     options.prepare_optimizer(optimizer, model)
+    record = ConfigRecord(cfg, optimizer, model, train.output_dir)
     loader = train_loader(cfg)
     model = create_ddp_model(model, **train.ddp)
     trainer = (AMPTrainer if train.amp.enabled else SimpleTrainer)(model, loader, optimizer)

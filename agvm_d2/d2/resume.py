@@ -15,7 +15,9 @@ from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
+from ..modules import named_parameters
 from .output_dir import FolderLock
 
 logger = logging.getLogger("detectron2.agvm_d2")
@@ -76,13 +78,19 @@ class ConfigRecord(HookBase):
     Args:
         cfg: the run's, of yacs or a LazyConfig.
         optimizer: as it was built from `cfg`.
+        model: whose parameters the optimizer holds.
         output_dir: where config.yaml is.
     """
 
     def __init__(
-        self, cfg: CfgNode | DictConfig, optimizer: torch.optim.Optimizer, output_dir: str
+        self,
+        cfg: CfgNode | DictConfig,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        output_dir: str,
     ):
         self._cfg, self._optimizer, self._output_dir = cfg, optimizer, output_dir
+        self._names = {p: name for name, p in named_parameters(model)}
         self._values = dict(_flat(_plain(config_text(cfg))))
         self._built = [dict(group) for group in optimizer.param_groups]
         self._saved: dict[str, Any] | None = None
@@ -90,10 +98,21 @@ class ConfigRecord(HookBase):
 
     def state_dict(self) -> dict:
         kept = {key: v for key, v in self._values.items() if not NEUTRAL.fullmatch(key)}
-        return {"config": yaml.safe_dump(kept, sort_keys=True)}
+        return {"config": yaml.safe_dump(kept, sort_keys=True), "groups": self._groups()}
+
+    def _groups(self) -> list[list[str]]:
+        """Names of each param group's parameters."""
+        groups = self._optimizer.param_groups
+        return [[self._names.get(p, "") for p in group["params"]] for group in groups]
 
     def load_state_dict(self, state: dict) -> None:
+        """Comes before the optimizer's."""
         self._saved = yaml.safe_load(state["config"])
+        keys = [key for key, *_ in differences(self._saved, self._values)]
+        if not {"AGVM.ENABLED", "agvm.enabled"} & {*keys}:
+            self._optimizer.register_load_state_dict_pre_hook(
+                lambda _, saved: regrouped(saved, state["groups"], self._groups()), prepend=True
+            )
 
     def before_train(self) -> None:
         start = self.trainer.start_iter
@@ -106,6 +125,7 @@ class ConfigRecord(HookBase):
                 "The checkpoint does not say with which config it was made: what it holds "
                 "(learning rate, momentum, weight decay) goes on."
             )
+        self._check_shapes()
         changes = [] if self._saved is None else list(differences(self._saved, self._values))
         for key, saved, new in changes:
             which, why = next(rest for keys, *rest in HOLDS if re.fullmatch(keys, key))
@@ -120,6 +140,18 @@ class ConfigRecord(HookBase):
             self._renew_schedule()
         if comm.is_main_process() and self._output_dir:
             self._write_config()
+
+    def _check_shapes(self) -> None:
+        for param, state in self._optimizer.state.items():
+            for key in ("momentum_buffer", "exp_avg"):
+                shape = getattr(state.get(key), "shape", param.shape)
+                if shape != param.shape:
+                    raise ValueError(
+                        f"'{self._names.get(param)}' of the model has the shape "
+                        f"{tuple(param.shape)}, but {tuple(shape)} in the checkpoint: the config "
+                        "builds another model. Resume with the saved run's (its config.yaml), or "
+                        "start anew from these weights, without --resume."
+                    )
 
     def _renew_schedule(self) -> None:
         scheduler, groups = getattr(self.trainer, "scheduler", None), self._optimizer.param_groups
@@ -142,6 +174,32 @@ class ConfigRecord(HookBase):
         if PathManager.isfile(path):
             with PathManager.open(path, "w") as f:
                 f.write(config_text(cfg))
+
+
+def regrouped(state: dict, saved: list[list[str]], now: list[list[str]]) -> dict:
+    """An optimizer's saved state for the groups of now, where they hold the same parameters:
+    Detectron2 puts those of equal options into one group, and so makes others for other options.
+
+    Args:
+        saved, now: the names of each group's parameters.
+    """
+    owner = {name: i for i, names in enumerate(saved) for name in names}
+    fits = sorted(owner) == sorted(name for names in now for name in names)
+    known = len(saved) == len(state["param_groups"]) and fits and all(now)
+    if saved == now or not known:
+        return state
+    groups = state["param_groups"]
+    index = {
+        name: i
+        for names, group in zip(saved, groups, strict=True)
+        for name, i in zip(names, group["params"], strict=True)
+    }
+    return {
+        **state,
+        "param_groups": [
+            {**groups[owner[names[0]]], "params": [index[name] for name in names]} for names in now
+        ],
+    }
 
 
 def keep_built_options(optimizer: torch.optim.Optimizer, built: list[dict[str, Any]]) -> None:

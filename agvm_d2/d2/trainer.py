@@ -162,7 +162,7 @@ class AGVMTrainerMixin(_Trainer):
             )
         built = super().build_hooks()
         seeder = run_options(self.cfg).iteration_seeder(self._trainer.data_loader)
-        record = ConfigRecord(self.cfg, self.optimizer, self.cfg.OUTPUT_DIR)
+        record = ConfigRecord(self.cfg, self.optimizer, self.model, self.cfg.OUTPUT_DIR)
         built[:0] = [record, seeder]
         if self.cfg.AGVM.ENABLED:
             # By type, not by index: rank 0 has more hooks than the other workers.

@@ -111,7 +111,9 @@ class Static(ToyDetector):
 def test_a_static_graph_with_micro_batches_is_refused(skip):
     model = Static()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="train.ddp.static_graph.*SOLVER.MICRO_BATCH_SIZE .train.m"):
+    with pytest.raises(
+        ValueError, match="train.ddp.static_graph.*SOLVER.MICRO_BATCH_SIZE .train.m"
+    ):
         MicroBatchTrainer(model, ToyLoader(8), optimizer, 2, skip_nonfinite=skip)
     loader = ToyLoader(8)
     loader.batch_size = 8
