@@ -27,9 +27,8 @@ $(STAMP): setup.cfg pyproject.toml
 	$(PY) -c 'import detectron2.engine'
 	@touch $@
 
-# Train, evaluate, draw. Detectron2 appends to metrics.json, so an older run's goes first.
+# Train, evaluate, draw. An older run in the folder goes to output/demo/old-TIME.
 demo: setup
-	@rm -f output/demo/metrics.json
 	$(PY) train_net.py --config-file $(DEMO_CONFIG) OUTPUT_DIR output/demo
 	$(PY) -m agvm_d2.plot output/demo
 

@@ -3,6 +3,7 @@
 and tools/lazyconfig_train_net.py (.py)."""
 
 from __future__ import annotations
+import logging
 import os
 import sys
 import torch
@@ -10,15 +11,18 @@ from detectron2.config import CfgNode, instantiate
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig
 
 import agvm_d2.data  # noqa: F401  registers the bundled datasets
 from agvm_d2 import AGVMTrainer
 from agvm_d2.d2 import lazy
 from agvm_d2.d2.checkpoint import AtomicCheckpointer
-from agvm_d2.d2.checks import check_config, check_datasets, check_names
+from agvm_d2.d2.checks import check_config, check_datasets, check_names, check_tta
 from agvm_d2.d2.config import read_config
 from agvm_d2.d2.launch import launch, worker_from_environment
+from agvm_d2.d2.output_dir import FolderLock, config_kept, is_free, set_aside
+from agvm_d2.d2.sources import check_weights
 
 
 def setup(args) -> CfgNode | DictConfig:
@@ -35,10 +39,11 @@ def setup(args) -> CfgNode | DictConfig:
         keys = ("train.init_checkpoint", "train.output_dir", "train.device")
         values = (cfg.train.init_checkpoint, cfg.train.output_dir, cfg.train.device)
     else:
-        cfg = read_config(args.config_file, args.opts)
+        cfg = read_config(args.config_file, args.opts, getattr(args, "allow_unsafe_yaml", False))
         cfg.freeze()
         check_config(AGVMTrainer.auto_scale_workers(cfg, num_workers), num_workers)
         check_names(cfg)
+        check_tta(cfg)
         sets = cfg.DATASETS
         if not sets.TRAIN and not args.eval_only:
             raise ValueError("DATASETS.TRAIN: found (), but it must name at least one dataset.")
@@ -53,28 +58,55 @@ def setup(args) -> CfgNode | DictConfig:
     return cfg
 
 
+def resumes(args, output_dir: str) -> bool:
+    """Is there a checkpoint to go on from?"""
+    return args.resume and AtomicCheckpointer(torch.nn.Module(), output_dir).has_checkpoint()
+
+
 def check_files(args, keys, weights: str, output_dir: str, device: str) -> None:
-    resumes = args.resume and os.path.exists(os.path.join(output_dir, "last_checkpoint"))
-    if weights and "://" not in weights and not os.path.exists(weights) and not resumes:
-        raise FileNotFoundError(f"{keys[0]}: '{weights}' is not there")
+    check_weights(keys, weights, output_dir, args.eval_only, resumes(args, output_dir))
     gpus = torch.cuda.device_count()
     if device.startswith("cuda") and args.num_gpus > gpus:
         hint = " (with Slurm, give the GPUs to the node, --gpus-per-node, not to the task)"
         hint = hint if "SLURM_PROCID" in os.environ else ""
         raise ValueError(f"--num-gpus {args.num_gpus}: this process sees {gpus} GPUs{hint}")
     try:
-        os.makedirs(output_dir, exist_ok=True)
+        PathManager.mkdirs(output_dir)
     except OSError as error:
         raise OSError(f"{keys[1]}: '{output_dir}' cannot be made ({error.strerror})") from None
-    if not os.access(output_dir, os.W_OK):
+    if "://" not in output_dir and not os.access(output_dir, os.W_OK):
         raise PermissionError(f"{keys[1]}: '{output_dir}' cannot be written")
     if not device.startswith("cuda"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or launch() picks NCCL for a CPU model
 
 
+def open_folder(args, cfg: CfgNode | DictConfig) -> FolderLock | None:
+    """Detectron2's default_setup, in a folder without another run.
+
+    Returns:
+        The lock of the folder, to be kept while this run trains.
+    """
+    lazily = isinstance(cfg, DictConfig)
+    folder = cfg.train.output_dir if lazily else cfg.OUTPUT_DIR
+    weights = cfg.train.init_checkpoint if lazily else cfg.MODEL.WEIGHTS
+    lock, aside = None, ""
+    if comm.is_main_process() and not args.eval_only:
+        lock = FolderLock.take(folder)
+        if not resumes(args, folder):
+            aside = set_aside(folder, keep=weights)
+    comm.synchronize()
+    with config_kept(folder, args.eval_only or args.resume):
+        default_setup(cfg, args)
+    if aside:
+        logging.getLogger("detectron2.agvm_d2").warning(
+            f"'{folder}' held an older run, which is now in '{aside}'; --resume goes on with one."
+        )
+    return lock
+
+
 def main(args):
     cfg = setup(args)
-    default_setup(cfg, args)
+    lock = open_folder(args, cfg)  # noqa: F841  held until the end
     if isinstance(cfg, DictConfig):
         return lazy_main(args, cfg)
     if args.eval_only:
@@ -83,6 +115,8 @@ def main(args):
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         results = AGVMTrainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(AGVMTrainer.test_with_TTA(cfg, model))
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
@@ -104,10 +138,19 @@ def lazy_main(args, cfg: DictConfig):
 
 
 def invoke_main() -> None:
-    args = default_argument_parser().parse_args()
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--allow-unsafe-yaml",
+        action="store_true",
+        help="let !!python tags in the config file run code",
+    )
+    args = parser.parse_args()
     try:  # once, before any worker starts
         worker = worker_from_environment(args)
-        setup(args)
+        cfg = setup(args)
+        first = args.machine_rank == 0 if worker is None else worker.rank == 0
+        if first and not args.eval_only:
+            is_free(cfg.train.output_dir if isinstance(cfg, DictConfig) else cfg.OUTPUT_DIR)
     except (ValueError, KeyError, OSError) as error:
         sys.exit(f"train_net.py: error: {error.args[0] if len(error.args) == 1 else error}")
     print("Command Line Args:", args)

@@ -266,13 +266,40 @@ class AGVM:
         named = {f"agvm/{kind}/{n}": v for kind, values in kinds.items() for n, v in values.items()}
         return {name: value for name, value in named.items() if value == value}  # not NaN
 
+    def _rule(self) -> dict[str, Any]:
+        """What the factors depend on."""
+        settings, gain = self.settings, self.settings.rule == "gain"
+        return {
+            "rule": settings.rule,
+            "anchor": settings.anchor,
+            "ratio_range": [float(bound) for bound in settings.ratio_range],
+            "base_batch_size": settings.base_batch_size,
+            **({"batch_size": self.batch_size} if gain else {}),
+        }
+
+    def _unit(self) -> dict[str, Any]:
+        """What the averages of the noise scale depend on."""
+        images = self.batch_size / self.num_units if self.batch_size else None
+        return {"images": images, "estimator": self.settings.estimator}
+
     def state_dict(self) -> dict:
         """What `load_state_dict` takes: the factors and the averages behind the noise scale."""
-        return self.modulator.state_dict()
+        return {**self.modulator.state_dict(), "rule": self._rule(), "unit": self._unit()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a saved state; ValueError where it was saved with other modules."""
+        """Go on from a saved state. Factors of another rule, anchor or range start anew, as do
+        averages of units of other sizes. ValueError where it was saved with other modules."""
         self.modulator.load_state_dict(state)
+        rule, unit = state.get("rule", self._rule()), state.get("unit", self._unit())
+        changed = [key for key, value in self._rule().items() if rule.get(key, value) != value]
+        if changed:
+            self.modulator.factors.fill_(1)
+            logger.warning(
+                f"AGVM's factors were saved with {', '.join(f'{k} {rule[k]}' for k in changed)}: "
+                "they start at 1 again."
+            )
+        if unit != self._unit():
+            self.modulator.forget_averages()
 
 
 def build_tap(

@@ -50,6 +50,10 @@ class Modulator:
         self.unit_sq = torch.zeros(len(self.names) + 1, dtype=torch.float64)
         self.mean_sq = torch.zeros_like(self.unit_sq)
 
+    def forget_averages(self) -> None:
+        """Of the noise scale; the factors stay."""
+        self._clear(0)
+
     def active(self, iteration: int) -> bool:
         """Do the factors hold in this iteration?"""
         return iteration >= self.start_iter and not 0 <= self.stop_iter <= iteration

@@ -3,12 +3,12 @@ with batches of N images."""
 
 from __future__ import annotations
 import argparse
-import os
 import sys
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from .d2.config import add_agvm_config, naming_the_key
+from .d2.yaml_files import check_yaml
 from .solver.schedule import LR_SCALINGS, scaled_lr
 
 # Of training, as in the paper: two epochs of sixteen.
@@ -70,25 +70,27 @@ def recipe(solver: CfgNode, batch: int, scaling: str | None = None) -> dict:
     }
 
 
-def read_solver(path: str) -> CfgNode:
+def read_solver(path: str, allow_unsafe: bool = False) -> CfgNode:
     """SOLVER of a config of any Detectron2 project, whatever other keys it has.
 
+    Args:
+        allow_unsafe: let the file's !!python tags run code, as Detectron2 does.
+
     Raises:
-        ValueError, OSError: not a YAML file.
+        ValueError, OSError: not a YAML config, or one that runs code.
     """
     if path.endswith(".py"):
         raise ValueError(
             f"--config-file: '{path}' is a LazyConfig; this command reads .yaml. "
             "agvm_d2.solver.scaled_lr has the rule."
         )
+    check_yaml(path, allow_unsafe)
     cfg = get_cfg()
     add_agvm_config(cfg)
     try:
         given = CfgNode.load_yaml_with_base(path, allow_unsafe=True)
-    except (yaml.YAMLError, TypeError, AttributeError) as error:  # empty, or not a mapping
+    except (AssertionError, yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"--config-file: '{path}' is not a YAML config: {error}") from None
-    if not isinstance(given, dict):
-        raise ValueError(f"--config-file: '{path}' is not a config: it holds no keys.")
     cfg.SOLVER.set_new_allowed(True)
     try:
         cfg.merge_from_other_cfg(CfgNode({"SOLVER": given.get("SOLVER", {})}))
@@ -107,11 +109,12 @@ def main(argv: list[str] | None = None) -> None:
         choices=(*LR_SCALINGS, "gain"),
         help="how the learning rate grows with the batch; default: by the optimizer",
     )
+    parser.add_argument(
+        "--allow-unsafe-yaml", action="store_true", help="let !!python tags in the file run code"
+    )
     args = parser.parse_args(argv)
     try:
-        if not os.path.isfile(args.config_file):
-            raise FileNotFoundError(f"--config-file: '{args.config_file}' is not a file")
-        solver = read_solver(args.config_file)
+        solver = read_solver(args.config_file, args.allow_unsafe_yaml)
         keys = recipe(solver, args.batch_size, args.scaling)
     except (ValueError, KeyError, OSError) as error:
         sys.exit(f"agvm_d2.recipe: error: {error}")

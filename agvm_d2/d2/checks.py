@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 import functools
+import inspect
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode as CN
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, GeneralizedRCNN
 
 from ..settings import Settings
 from ..solver.build import OPTIMIZERS
@@ -122,6 +123,31 @@ def check_config(cfg: CN, num_workers: int) -> None:
     micro_batches(cfg, num_workers)
     check_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
     check_amp("SOLVER.AMP.ENABLED", solver.AMP.ENABLED, cfg.MODEL.DEVICE)
+
+
+def check_tta(cfg: CN) -> None:
+    """
+    Raises:
+        ValueError: TEST.AUG, for a model that Detectron2 cannot augment.
+    """
+    if not cfg.TEST.AUG.ENABLED:
+        return
+    name = cfg.MODEL.META_ARCHITECTURE
+    arch = META_ARCH_REGISTRY.get(name)
+    able = isinstance(arch, type) and issubclass(arch, GeneralizedRCNN)
+    # GeneralizedRCNNWithTTA gives it the boxes found before, which PanopticFPN's does not take.
+    able = able and "detected_instances" in inspect.signature(arch.inference).parameters
+    for key, bad, found in (
+        ("MODEL.META_ARCHITECTURE", not able, name),
+        ("MODEL.KEYPOINT_ON", cfg.MODEL.KEYPOINT_ON, True),
+        ("MODEL.LOAD_PROPOSALS", cfg.MODEL.LOAD_PROPOSALS, True),
+    ):
+        if bad:
+            raise ValueError(
+                f"TEST.AUG.ENABLED: found True, but Detectron2's test-time augmentation is for "
+                f"GeneralizedRCNN, without keypoints and loaded proposals; {key} is {found}. Set "
+                "TEST.AUG.ENABLED False."
+            )
 
 
 def check_device(key: str, device: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 import dataclasses
-import os
 import re
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
 from ..settings import Settings
+from .yaml_files import check_yaml
 
 
 def add_agvm_config(cfg: CN) -> None:
@@ -49,24 +49,25 @@ def naming_the_key(error: Exception) -> ValueError:
     return ValueError(f"{key}: found {value} of type {found}, but it must be {wanted}.")
 
 
-def read_config(path: str, opts: list) -> CN:
+def read_config(path: str, opts: list, allow_unsafe: bool = False) -> CN:
     """Detectron2's config with this package's keys, the file and then `opts`, KEY VALUE pairs.
+
+    Args:
+        allow_unsafe: let the file's !!python tags run code, as Detectron2 does.
 
     Raises:
         ValueError, KeyError, OSError: names the file or key.
     """
     cfg = get_cfg()
     add_agvm_config(cfg)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"--config-file: '{path}' is not a file")
+    check_yaml(path, allow_unsafe)
     flags = [key for key in opts[::2] if key.startswith("--")]
     if flags:  # argparse takes all that follows the first key for keys and values
         raise ValueError(f"{flags[0]}: flags go before the KEY VALUE pairs.")
     try:
         cfg.merge_from_file(path)
         cfg.merge_from_list(opts)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config-file: '{path}' is not YAML: {error}") from None
-    except (AssertionError, ValueError) as error:  # an unknown key or a wrong type, in yacs' words
+    # An unknown key, a wrong type, a tag that does not fit its value, in the words of others.
+    except (AssertionError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise naming_the_key(error) from None
     return cfg

@@ -26,6 +26,7 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import AMPTrainer, SimpleTrainer, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format, verify_results
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -37,7 +38,8 @@ from .checkpoint import AtomicCheckpointer
 from .checks import STOP_OR_SKIP, check_agvm, check_amp, check_device, check_whole
 from .hook import AGVMHook
 from .loader import ResumableLoader, shared_seed
-from .micro_batches import split_batch
+from .micro_batches import STATIC_GRAPH, split_batch
+from .resume import ConfigRecord, check_not_done
 from .run import RunOptions
 from .trainer import create_ddp_model
 
@@ -128,7 +130,8 @@ def check(cfg: DictConfig, num_workers: int) -> None:
         ("dataloader.test.num_workers", 0),
     ):
         check_whole(key, OmegaConf.select(cfg, key, default=low), low)
-    micro_batches(cfg, num_workers)
+    if micro_batches(cfg, num_workers) > 1 and OmegaConf.select(cfg, "train.ddp.static_graph"):
+        raise ValueError(STATIC_GRAPH)
     for key in ("on_nonfinite", "on_bad_image"):
         one_of(f"train.{key}", train.get(key, "stop"), STOP_OR_SKIP)
     check_device("train.device", train.device)
@@ -208,11 +211,13 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     model = instantiate(cfg.model).to(train.device)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
+    del cfg.optimizer.params["model"]  # not a value of the config
     if options.skip_nonfinite:  # before clipping, which can make an inf finite
         skip_nonfinite_steps(optimizer, model)
     if train.get("clip_gradients"):
         clip_gradients(optimizer, **train.clip_gradients)
     options.prepare_optimizer(optimizer, model)
+    record = ConfigRecord(cfg, optimizer, model, train.output_dir)
     loader = train_loader(cfg)
     model = create_ddp_model(model, **train.ddp)
     trainer = (AMPTrainer if train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
@@ -229,6 +234,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     main = comm.is_main_process()
     writers = default_writers(train.output_dir, train.max_iter) if main else []
     built = [
+        record,
         seeder,
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
@@ -240,7 +246,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     trainer.register_hooks([hook for hook in built if hook])
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    os.makedirs(train.output_dir, exist_ok=True)
+    check_not_done(start, train.max_iter, "train.max_iter")
+    PathManager.mkdirs(train.output_dir)
     trainer.train(start, train.max_iter)
     verify(cfg, results)
     return results

@@ -242,7 +242,8 @@ class ResumableLoader:
 
 
 class IterationSeeder(HookBase):
-    """The same images and random numbers in an iteration, whether the run was resumed or not.
+    """The same images and random numbers in an iteration, whether the run was resumed or not;
+    with another batch size, the images that follow those seen.
 
     Args:
         loader: the trainer's; None: one that cannot be brought back to a place.
@@ -252,11 +253,15 @@ class IterationSeeder(HookBase):
     def __init__(self, loader: ResumableLoader | None, seed: int = 0):
         self._loader = loader
         self._seed = loader.seed if loader else seed
+        self._images: int | None = None  # that a resumed run has seen
+        self._shift = 0  # batches of the data before this iteration, less iterations
 
     def before_train(self) -> None:
         start = self.trainer.start_iter
         if self._loader:
-            self._loader.seek(start, self._seed)
+            if self._images is not None:  # rounded down: better some images again than left out
+                self._shift = self._images // self._batch_size() - start
+            self._loader.seek(start + self._shift, self._seed)
         elif start:
             logger.warning(
                 "This data loader cannot be brought back to where it was: the resumed run reads "
@@ -266,11 +271,20 @@ class IterationSeeder(HookBase):
     def before_step(self) -> None:
         seed_everything(mixed_seed(self._seed, 1, comm.get_rank(), self.trainer.iter))
 
+    def _batch_size(self) -> int:
+        """Of all workers."""
+        assert self._loader is not None
+        return self._loader.batch_size * comm.get_world_size()
+
     def state_dict(self) -> dict:
-        return {"seed": self._seed, "workers": comm.get_world_size()}
+        state = {"seed": self._seed, "workers": comm.get_world_size()}
+        if self._loader:
+            state["images"] = (self.trainer.iter + 1 + self._shift) * self._batch_size()
+        return state
 
     def load_state_dict(self, state: dict) -> None:
         self._seed = state["seed"]
+        self._images = state.get("images")  # not in older checkpoints
         workers = comm.get_world_size()
         if workers != state["workers"]:
             logger.warning(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..modules import unwrap
+from ..solver.clip import SkipLimit
 from ..validate import is_int, require
 
 
@@ -59,6 +60,13 @@ def _sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return cast(torch.Tensor, sum(tensors))  # 0 only where there is none
 
 
+STATIC_GRAPH = (
+    "train.ddp.static_graph (DistributedDataParallel's static_graph): found True, but with "
+    "SOLVER.MICRO_BATCH_SIZE (train.micro_batch_size) it must be False: all micro-batches but the "
+    "last one run without DDP's averaging, which makes another graph."
+)
+
+
 class MicroBatchTrainer(SimpleTrainer):
     """SimpleTrainer (AMPTrainer, with a GradScaler) that cuts each batch into micro-batches.
 
@@ -86,13 +94,20 @@ class MicroBatchTrainer(SimpleTrainer):
             grad_scaler: scales the loss, for float16.
             precision: dtype of autocast; None: off.
             skip_nonfinite: go on where the loss is NaN or inf, as `skip_nonfinite_steps` does.
+
+        Raises:
+            ValueError: DDP with a static graph, and more than one pass.
         """
         super().__init__(model, data_loader, optimizer)
+        one_pass = getattr(data_loader, "batch_size", None) == micro_batch_size
+        if getattr(model, "static_graph", False) and not one_pass:
+            raise ValueError(STATIC_GRAPH)
         self.micro_batch_size = micro_batch_size
         self.grad_scaler = grad_scaler
         self.precision = precision
         self.skip_nonfinite = skip_nonfinite
         self._names = ["total_loss"]  # of the losses
+        self._limit = SkipLimit()  # of the steps that the GradScaler leaves out
 
     def run_step(self) -> None:
         assert self.model.training, "[MicroBatchTrainer] model was changed to eval mode!"
@@ -121,10 +136,20 @@ class MicroBatchTrainer(SimpleTrainer):
         self._write_metrics(totals, data_time)
         if self.grad_scaler:
             self.grad_scaler.unscale_(self.optimizer)  # also a fused one's, for who clips
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
+            self._scaled_step(self.grad_scaler)
         else:
             self.optimizer.step()
+
+    def _scaled_step(self, scaler: torch.amp.GradScaler) -> None:
+        # It skips a step in silence, unless the optimizer, a fused one, is to do so.
+        counts = self.skip_nonfinite and not getattr(
+            self.optimizer, "_step_supports_amp_scaling", False
+        )
+        before = scaler.get_scale() if counts else 0.0
+        scaler.step(self.optimizer)
+        scaler.update()
+        if counts:
+            self._limit.step(skipped=scaler.get_scale() < before)
 
     def _losses(self, piece: list[dict]) -> dict[str, torch.Tensor]:
         try:

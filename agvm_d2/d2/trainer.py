@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 
 from ..solver import build_lr_scheduler, unsplit_optimizer
@@ -34,7 +36,10 @@ from .checks import check_config
 from .hook import AGVMHook
 from .loader import build_train_loader
 from .micro_batches import micro_batches
+from .resume import ConfigRecord, check_not_done
 from .run import RunOptions
+
+logger = logging.getLogger("detectron2.agvm_d2")
 
 d2_create_ddp_model = defaults.create_ddp_model
 
@@ -156,7 +161,9 @@ class AGVMTrainerMixin(_Trainer):
                 **stock.checkpointables,  # the trainer, and what the project adds, such as an EMA
             )
         built = super().build_hooks()
-        built.insert(0, run_options(self.cfg).iteration_seeder(self._trainer.data_loader))
+        seeder = run_options(self.cfg).iteration_seeder(self._trainer.data_loader)
+        record = ConfigRecord(self.cfg, self.optimizer, self.model, self.cfg.OUTPUT_DIR)
+        built[:0] = [record, seeder]
         if self.cfg.AGVM.ENABLED:
             # By type, not by index: rank 0 has more hooks than the other workers.
             place = [i for i, h in enumerate(built) if isinstance(h, hooks.LRScheduler)]
@@ -166,8 +173,17 @@ class AGVMTrainerMixin(_Trainer):
             saved = self.checkpointer.checkpointables
             if not any(isinstance(part, TrainerBase) for part in saved.values()):
                 self.checkpointer.add_checkpointable("agvm", hook)
-                self.checkpointer.add_checkpointable("iteration_seeder", built[0])
+                self.checkpointer.add_checkpointable("iteration_seeder", seeder)
+                self.checkpointer.add_checkpointable("config_record", record)
         return built
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """
+        Raises:
+            ValueError: the checkpoint to resume from has more iterations than SOLVER.MAX_ITER.
+        """
+        super().resume_or_load(resume)
+        check_not_done(self.start_iter, self.max_iter, "SOLVER.MAX_ITER")
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
@@ -179,12 +195,31 @@ class AGVMTrainerMixin(_Trainer):
 
 
 class AGVMTrainer(AGVMTrainerMixin, DefaultTrainer):
-    """DefaultTrainer with AGVM, micro-batches, DDP on CPU and GPU, and Detectron2's evaluators.
+    """DefaultTrainer with AGVM, micro-batches, DDP on CPU and GPU, and Detectron2's evaluators; and
+    test-time augmentation (TEST.AUG), which Detectron2 has in its tools/train_net.py.
 
     trainer = AGVMTrainer(cfg)  # with the keys of `add_agvm_config`
     trainer.resume_or_load(resume=False)
     trainer.train()
     """
+
+    def build_hooks(self) -> list[HookBase | None]:
+        built = super().build_hooks()
+        if self.cfg.TEST.AUG.ENABLED:
+            # Before the writer, which then has the results, too.
+            places = [i for i, h in enumerate(built) if isinstance(h, hooks.PeriodicWriter)]
+            hook = hooks.EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model))
+            built.insert(places[0] if places else len(built), hook)
+        return built
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: torch.nn.Module) -> dict:
+        """Results with test-time augmentation, their names with _TTA behind; see `check_tta`."""
+        logger.info("Running inference with test-time augmentation ...")
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f"{name}_TTA": value for name, value in (results or {}).items()}
 
     @classmethod
     def build_evaluator(

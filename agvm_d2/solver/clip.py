@@ -1,6 +1,7 @@
 """What happens to gradients just before a step: clipping, and skipping where one is NaN or inf."""
 
 from __future__ import annotations
+import collections
 import logging
 import math
 import weakref
@@ -16,6 +17,9 @@ from ..validate import is_number, one_of, require
 logger = logging.getLogger("detectron2.agvm_d2")
 
 CLIP_TYPES = ("value", "norm", "full_model")
+
+MAX_SKIPPED = 20  # steps in a row, or
+MAX_SHARE = 50  # of the last 100: the model has diverged
 
 _SKIPPING: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # those that do so already
 
@@ -85,8 +89,41 @@ def _finite(tensors: list[torch.Tensor]) -> bool:
     return bool(torch.cat([n for norms in block_norms(tensors) for n in norms]).isfinite().all())
 
 
+class SkipLimit:
+    """Counts skipped steps, and ends a run that no longer trains."""
+
+    def __init__(self) -> None:
+        self.skipped = 0
+        self._last: collections.deque[bool] = collections.deque(maxlen=100)
+
+    def step(self, skipped: bool) -> None:
+        """
+        Raises:
+            FloatingPointError: too many steps were skipped of late.
+        """
+        self._last.append(skipped)
+        if not skipped:
+            return
+        self.skipped += 1
+        iteration = get_event_storage().iter
+        logger.warning(
+            f"Iteration {iteration}: a gradient is NaN or inf, the step is skipped "
+            f"({self.skipped} so far)."
+        )
+        row = [*self._last][-MAX_SKIPPED:]
+        if sum(self._last) > MAX_SHARE or (len(row) == MAX_SKIPPED and all(row)):
+            raise FloatingPointError(
+                f"Iteration {iteration}: {sum(self._last)} of the last {len(self._last)} steps "
+                "were skipped, since a gradient was NaN or inf: the model has diverged, and "
+                "SOLVER.ON_NONFINITE skip (train.on_nonfinite) does not help. Go on from a "
+                "checkpoint before that, with a lower SOLVER.BASE_LR, a longer warm-up or "
+                "SOLVER.CLIP_GRADIENTS."
+            )
+
+
 def skip_nonfinite_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Leave out each step of `optimizer` whose gradient has a NaN or inf, and say so in the log.
+    """Leave out each step of `optimizer` whose gradient has a NaN or inf, and say so in the log;
+    where it is most of them, FloatingPointError.
 
     DDP's workers hold the same averaged gradient, so all of them decide alike. The buffers of
     `model`, such as BatchNorm's statistics, go back to what they were after the last step taken.
@@ -94,27 +131,23 @@ def skip_nonfinite_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
     if optimizer in _SKIPPING:
         return
     _SKIPPING.add(optimizer)
-    skipped = 0
+    limit = SkipLimit()
     good = [buffer.clone() for buffer in model.buffers()]
 
     @torch.no_grad()
     def skip_if_nonfinite(*_: Any) -> None:
-        nonlocal skipped
         unscale(optimizer)
         params = [p for group in optimizer.param_groups for p in group["params"]]
         grads = [p.grad for p in params if p.grad is not None]
         if not grads or _finite(grads):
             for kept, buffer in zip(good, model.buffers(), strict=True):
                 kept.copy_(buffer)
+            limit.step(skipped=False)
             return
         for param in params:
             param.grad = None  # then there is nothing to step by
         for kept, buffer in zip(good, model.buffers(), strict=True):
             buffer.copy_(kept)
-        skipped += 1
-        logger.warning(
-            f"Iteration {get_event_storage().iter}: a gradient is NaN or inf, the step is skipped "
-            f"({skipped} so far)."
-        )
+        limit.step(skipped=True)
 
     optimizer.register_step_pre_hook(skip_if_nonfinite)
