@@ -3,6 +3,7 @@
 and tools/lazyconfig_train_net.py (.py)."""
 
 from __future__ import annotations
+import logging
 import os
 import sys
 import torch
@@ -19,6 +20,7 @@ from agvm_d2.d2.checkpoint import AtomicCheckpointer
 from agvm_d2.d2.checks import check_config, check_datasets, check_names
 from agvm_d2.d2.config import read_config
 from agvm_d2.d2.launch import launch, worker_from_environment
+from agvm_d2.d2.rendezvous import restarts
 
 
 def setup(args) -> CfgNode | DictConfig:
@@ -75,6 +77,10 @@ def check_files(args, keys, weights: str, output_dir: str, device: str) -> None:
 def main(args):
     cfg = setup(args)
     default_setup(cfg, args)
+    if restarts():
+        logging.getLogger("detectron2.agvm_d2").warning(
+            f"Restart {restarts()} by torchrun: going on from the last checkpoint, as --resume."
+        )
     if isinstance(cfg, DictConfig):
         return lazy_main(args, cfg)
     if args.eval_only:

@@ -38,6 +38,7 @@ from .checks import STOP_OR_SKIP, check_agvm, check_amp, check_device, check_who
 from .hook import AGVMHook
 from .loader import ResumableLoader, shared_seed
 from .micro_batches import split_batch
+from .preemption import PreemptionHook
 from .run import RunOptions
 from .trainer import create_ddp_model
 
@@ -224,15 +225,17 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
         results.update(do_test(cfg, model))
         return results
 
+    preemption = PreemptionHook(checkpointer)
     main = comm.is_main_process()
     writers = default_writers(train.output_dir, train.max_iter) if main else []
     built = [
+        preemption,
         seeder,
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
         agvm_hook(cfg, options, model, optimizer),
         hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer) if main else None,
-        hooks.EvalHook(train.eval_period, evaluate),
+        hooks.EvalHook(train.eval_period, preemption.abortable(evaluate)),
         hooks.PeriodicWriter(writers, period=train.log_period) if main else None,
     ]
     trainer.register_hooks([hook for hook in built if hook])

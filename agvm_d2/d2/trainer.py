@@ -34,6 +34,7 @@ from .checks import check_config
 from .hook import AGVMHook
 from .loader import build_train_loader
 from .micro_batches import micro_batches
+from .preemption import PreemptionHook
 from .run import RunOptions
 
 d2_create_ddp_model = defaults.create_ddp_model
@@ -167,7 +168,11 @@ class AGVMTrainerMixin(_Trainer):
             if not any(isinstance(part, TrainerBase) for part in saved.values()):
                 self.checkpointer.add_checkpointable("agvm", hook)
                 self.checkpointer.add_checkpointable("iteration_seeder", built[0])
-        return built
+        preemption = PreemptionHook(self.checkpointer)
+        for hook in built:
+            if isinstance(hook, hooks.EvalHook) and hasattr(hook, "_func"):
+                hook._func = preemption.abortable(hook._func)
+        return [preemption, *built]
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)

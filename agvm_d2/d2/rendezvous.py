@@ -1,0 +1,118 @@
+"""How the workers find each other: one store, within a stated time, and who is missing."""
+
+from __future__ import annotations
+import contextlib
+import os
+import socket
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import NamedTuple
+from urllib.parse import urlsplit
+import torch.distributed as dist
+
+TIMEOUT = "AGVM_DIST_TIMEOUT"  # seconds
+AT_START, IN_TRAINING = 300, 1800  # without it
+
+
+class Worker(NamedTuple):
+    """This process's place among all workers."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_size: int
+    dist_url: str
+
+
+def _seconds(default: int) -> float:
+    found = os.environ.get(TIMEOUT, "")
+    try:
+        seconds = float(found or default)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < 1e7:
+        raise ValueError(f"{TIMEOUT}: found '{found}', but it must be a number of seconds above 0.")
+    return seconds
+
+
+def training_timeout() -> timedelta:
+    """How long a worker waits for the others in training.
+
+    Raises:
+        ValueError: a bad AGVM_DIST_TIMEOUT.
+    """
+    return timedelta(seconds=_seconds(IN_TRAINING))
+
+
+def start_timeout() -> timedelta:
+    """The same at the start, and with the same error."""
+    return timedelta(seconds=_seconds(AT_START))
+
+
+def restarts(env: Mapping[str, str] = os.environ) -> int:
+    """How often torchrun has started the workers anew."""
+    return int(env.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def meet(worker: Worker) -> dist.Store:
+    """The store of all workers, once all of them are there.
+
+    Raises:
+        ConnectionError: an address that is wrong or in use; two workers with one rank; workers that
+            did not come, by rank.
+    """
+    timeout = start_timeout()
+    changes = f"; {TIMEOUT} (seconds) changes how long a worker waits."
+    url = urlsplit(worker.dist_url)
+    if url.scheme == "file":
+        found, _, _ = next(
+            dist.rendezvous(worker.dist_url, worker.rank, worker.world_size, timeout=timeout)
+        )
+    else:
+        if url.scheme == "env":
+            what, host, port = "MASTER_ADDR:MASTER_PORT", os.environ["MASTER_ADDR"], 0
+            port = int(os.environ["MASTER_PORT"])
+        else:
+            what, host, port = "--dist-url", url.hostname or "", url.port or 0
+        # torchrun has a store of its own there, which outlives the workers.
+        agent = url.scheme == "env" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        serves = worker.rank == 0 and not agent
+        try:
+            found = dist.TCPStore(
+                host, port, is_master=serves, timeout=timeout, wait_for_workers=False
+            )
+        except (RuntimeError, ValueError, OSError) as error:
+            first = str(error).splitlines()[0]
+            if "EADDRINUSE" in first or "address already in use" in first:
+                raise ConnectionError(
+                    f"{what}: port {port} of '{host}' is in use, by another run perhaps: choose "
+                    "another, or on one machine --dist-url auto."
+                ) from None
+            raise ConnectionError(
+                f"{what}: rank {worker.rank} cannot reach rank 0 at {host}:{port} within "
+                f"{timeout.total_seconds():g} s ({first}). Is it rank 0's host, and is rank 0 "
+                f"running?{changes}"
+            ) from None
+    # A restart must not find the addresses of dead workers there (pytorch#135712).
+    store = dist.PrefixStore(f"agvm_d2/{restarts()}", found)
+    keys = [f"rank {rank}" for rank in range(worker.world_size)]
+    if store.add(keys[worker.rank], 1) > 1:
+        raise ConnectionError(
+            f"Two workers have rank {worker.rank}, the second of them on '{socket.gethostname()}': "
+            "each machine needs its own --machine-rank (torchrun: --node-rank). If torchrun has "
+            "restarted several machines, start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."
+        )
+    try:
+        # Rank 0 takes the store with it, so it stays until the others have looked.
+        store.wait(keys, timeout + timedelta(seconds=2) if worker.rank == 0 else timeout)
+    except RuntimeError:
+        missing = "those that are missing"
+        with contextlib.suppress(RuntimeError):
+            ranks = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+            missing = f"rank {', '.join(ranks)}"
+        raise ConnectionError(
+            f"Of {worker.world_size} workers, {missing} did not come within "
+            f"{timeout.total_seconds():g} s (rank {worker.rank} is on '{socket.gethostname()}'). "
+            f"Has every machine been started, with the same number of workers?{changes}"
+        ) from None
+    return store
