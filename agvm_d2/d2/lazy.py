@@ -33,6 +33,7 @@ from torch import nn
 from ..settings import Settings
 from ..solver.clip import CLIP_TYPES, clip_gradients, skip_nonfinite_steps
 from ..validate import one_of
+from .agreement import AgreementHook, check_agreement, code, flat
 from .checkpoint import AtomicCheckpointer
 from .checks import STOP_OR_SKIP, check_agvm, check_amp, check_device, check_whole
 from .hook import AGVMHook
@@ -202,7 +203,12 @@ def agvm_hook(
 
 
 def do_train(cfg: DictConfig, resume: bool = False) -> dict:
-    """Train, and evaluate at the end; the last evaluation's results."""
+    """Train, and evaluate at the end; the last evaluation's results.
+
+    Raises:
+        ValueError: workers with different configs, code or checkpoints.
+    """
+    check_agreement({**code(), **flat(cfg), "--resume": resume})
     train, options = cfg.train, run_options(cfg)
     model = instantiate(cfg.model).to(train.device)
     cfg.optimizer.params.model = model
@@ -230,6 +236,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     writers = default_writers(train.output_dir, train.max_iter) if main else []
     built = [
         preemption,
+        AgreementHook(model),
         seeder,
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
@@ -239,6 +246,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
         hooks.PeriodicWriter(writers, period=train.log_period) if main else None,
     ]
     trainer.register_hooks([hook for hook in built if hook])
+    last = checkpointer.get_checkpoint_file() if resume else ""
+    check_agreement({"the checkpoint": os.path.basename(last)})
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     os.makedirs(train.output_dir, exist_ok=True)

@@ -29,6 +29,7 @@ from detectron2.evaluation import (
 from detectron2.utils import comm
 
 from ..solver import build_lr_scheduler, unsplit_optimizer
+from .agreement import AgreementHook, check_agreement, code, flat
 from .checkpoint import AtomicCheckpointer
 from .checks import check_config
 from .hook import AGVMHook
@@ -89,8 +90,9 @@ class AGVMTrainerMixin(_Trainer):
     def __init__(self, cfg: CfgNode):
         """
         Raises:
-            ValueError: a bad config value, named by its key.
+            ValueError: a bad config value, named by its key; workers with other configs or code.
         """
+        check_agreement({**code(), **flat(cfg)})
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         check_config(cfg, comm.get_world_size())
         with _patched("create_ddp_model", create_ddp_model):
@@ -147,6 +149,15 @@ class AGVMTrainerMixin(_Trainer):
                 "use agvm_d2.trainer.MicroBatchTrainer in the project."
             )
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        """
+        Raises:
+            ValueError: workers that would start from different checkpoints.
+        """
+        last = self.checkpointer.get_checkpoint_file() if resume else ""
+        check_agreement({"--resume": resume, "the checkpoint": os.path.basename(last)})
+        super().resume_or_load(resume)
+
     def build_hooks(self) -> list[HookBase | None]:
         if type(self.checkpointer) is DetectionCheckpointer:
             stock = self.checkpointer
@@ -172,7 +183,7 @@ class AGVMTrainerMixin(_Trainer):
         for hook in built:
             if isinstance(hook, hooks.EvalHook) and hasattr(hook, "_func"):
                 hook._func = preemption.abortable(hook._func)
-        return [preemption, *built]
+        return [preemption, AgreementHook(self.model), *built]
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
