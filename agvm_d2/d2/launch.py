@@ -87,7 +87,7 @@ def _check_torchrun(env: Mapping[str, str]) -> None:
     Raises:
         ValueError: names the variables.
     """
-    missing = [key for key in (*RANKS, "MASTER_ADDR", "MASTER_PORT") if not env.get(key)]
+    missing = [key for key in RANKS if not env.get(key)]
     if missing:
         raise ValueError(
             f"RANK={env['RANK']} is set, but not {', '.join(missing)}: start the workers with "

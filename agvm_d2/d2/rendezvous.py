@@ -70,10 +70,14 @@ def meet(worker: Worker) -> dist.Store:
         )
     else:
         if url.scheme == "env":
-            what, host, port = "MASTER_ADDR:MASTER_PORT", os.environ["MASTER_ADDR"], 0
-            port = int(os.environ["MASTER_PORT"])
+            what, host = "MASTER_ADDR, MASTER_PORT", os.environ.get("MASTER_ADDR", "")
+            port = int(os.environ.get("MASTER_PORT") or 0)
         else:
             what, host, port = "--dist-url", url.hostname or "", url.port or 0
+        if not (host and port):
+            raise ConnectionError(
+                f"{what}: '{host}:{port}' is no address; it must name rank 0's host and a port."
+            )
         # torchrun has a store of its own there, which outlives the workers.
         agent = url.scheme == "env" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         serves = worker.rank == 0 and not agent
