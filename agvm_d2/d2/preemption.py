@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from detectron2.engine import HookBase
@@ -104,19 +104,24 @@ class PreemptionHook(HookBase):
     def __init__(self, checkpointer: Checkpointer):
         self._checkpointer = checkpointer
         self._signals = SignalCatcher(self._on_signal)
-        self._leaving = self._evaluating = False
+        self._leaving = self._evaluating = self._over = False
+        self._agreed = 0  # the signal, once all workers know of it
         self._flag: torch.Tensor | None = None
         self._work: Any = None
 
     def before_train(self) -> None:
-        self._leaving = self._evaluating = False
-        self._work = None
+        self._leaving = self._evaluating = self._over = False
+        self._work, self._agreed = None, 0
         if comm.get_world_size() > 1:
             _cpu_group(dist.group.WORLD)  # all workers must come: not at the first signal
         self._signals.signum = 0
         self._signals.install()
 
     def after_train(self) -> None:
+        self._over = True  # but for an evaluation in a later hook
+        self._restore()
+
+    def _restore(self) -> None:
         # The launcher sends SIGTERM to the others when the first worker ends.
         self._signals.restore(ignore=self._leaving and comm.get_world_size() > 1)
 
@@ -124,7 +129,7 @@ class PreemptionHook(HookBase):
         self._post()
 
     def before_step(self) -> None:
-        if self._answer():
+        if self._agreed or self._answer():
             self.trainer.iter -= 1  # this one has not been made
             self._leave()
 
@@ -151,8 +156,9 @@ class PreemptionHook(HookBase):
         self._signals.signum = self._signals.signum or int(self._flag)
         return int(self._flag)
 
-    def _leave(self) -> None:
-        """
+    def _leave(self) -> NoReturn:
+        """Save, and wait until it is saved.
+
         Raises:
             Preempted: always, unless the checkpoint cannot be written.
         """
@@ -180,8 +186,17 @@ class PreemptionHook(HookBase):
         def evaluate_or_leave() -> Any:
             if self._leaving:
                 return None
-            if self._answer():
-                self._leave()
+            self._signals.install()
+            try:
+                return evaluate_until_signal()
+            finally:
+                if self._over:
+                    self._restore()
+
+        def evaluate_until_signal() -> Any:
+            self._agreed = self._agreed or self._answer()
+            if self._agreed:
+                return self._leave() if self._over else None
             results, aborted = None, False
             try:
                 with self._until_signal():
@@ -196,13 +211,14 @@ class PreemptionHook(HookBase):
             # Once more after the evaluation, aborted or not: the same number for each worker.
             try:
                 self._post()
-                self._answer(PATIENCE) if aborted else self._answer()
-            except RuntimeError:  # a worker has gone, or never got the signal
+                self._agreed = self._answer(PATIENCE) if aborted else self._answer()
+            except RuntimeError:  # a worker has gone, or the signal has not reached it
                 if not self._signals.signum:
                     raise
-            if self._signals.signum:
                 self._leave()
-            return results
+            if self._agreed and self._over:
+                self._leave()
+            return results  # hooks registered later still have their part of the iteration to do
 
         return evaluate_or_leave
 
