@@ -176,6 +176,9 @@ class Run:
             command += ["-m", "benchmarks.preemption"]
         else:
             command += ["-m", "benchmarks.preemption", "--num-gpus", str(workers)]
+        for signum in SIGNALS:  # a shell lets what it starts in the background ignore SIGINT
+            if signal.getsignal(signum) == signal.SIG_IGN:
+                signal.signal(signum, signal.SIG_DFL)
         self.process = subprocess.Popen(
             [*command, "--train", folder, *flags],
             stdout=subprocess.PIPE,

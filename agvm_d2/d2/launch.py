@@ -19,7 +19,7 @@ from detectron2.utils import comm
 from torch import multiprocessing as mp
 
 from .preemption import EXIT_CODE, SignalCatcher, end_by
-from .rendezvous import Worker, meet, restarts, training_timeout
+from .rendezvous import Pulse, Worker, meet, restarts, training_timeout
 
 LAST_WORDS = {EXIT_CODE: 30.0}  # s, for the other workers, by the exit code of the first to end
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -162,6 +162,7 @@ def _work(main: Callable, args: Namespace, worker: Worker) -> None:
         world_size=worker.world_size,
         timeout=training_timeout(),
     )
+    pulse = Pulse(worker)
     try:
         comm.create_local_process_group(worker.local_size)
         comm.synchronize()
@@ -170,6 +171,7 @@ def _work(main: Callable, args: Namespace, worker: Worker) -> None:
             args.resume = True
         main(args)
     finally:
+        pulse.stop()
         dist.destroy_process_group()
 
 

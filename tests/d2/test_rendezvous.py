@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from agvm_d2.d2.launch import worker_from_environment
-from agvm_d2.d2.rendezvous import Worker, meet, start_timeout, training_timeout
+from agvm_d2.d2.rendezvous import Pulse, Worker, meet, start_timeout, training_timeout
 
 
 @pytest.fixture(autouse=True)
@@ -162,3 +162,22 @@ def test_ranks_of_machines_that_the_flags_repeat():
     args = flags(num_machines=2, machine_rank=1, dist_url="tcp://host:1234", num_gpus=4)
     assert worker_from_environment(args, {"RANK": "1", "WORLD_SIZE": "2"}) is None
     assert worker_from_environment(flags(), {"RANK": "0", "WORLD_SIZE": "1"}) is None
+
+
+@pytest.mark.parametrize("silent", [0, 2])
+def test_a_worker_that_falls_silent_is_named(silent, monkeypatch, d2_log, capfd):
+    """In two of the five seconds that the others would wait for it."""
+    url = f"tcp://127.0.0.1:{free_port()}"
+    stores = all_meet([0, 1, 2], 3, url)
+    monkeypatch.setenv("AGVM_DIST_TIMEOUT", "5")
+    pulses = [Pulse(Worker(rank, rank, 3, 3, url)) for rank in range(3)]
+    time.sleep(2)
+    assert "Nothing has been heard" not in d2_log.text
+    pulses[silent].stop()
+    time.sleep(3)
+    assert f"Nothing has been heard of rank {silent} for " in d2_log.text
+    assert d2_log.text.count("Nothing has been heard") == 1
+    assert ("rank 1: Nothing has been heard of rank 0" in capfd.readouterr().err) == (silent == 0)
+    for pulse in pulses:
+        pulse.stop()
+    del stores
