@@ -214,6 +214,12 @@ def _kill(pids: list[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def _tell(line: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may have gone: SIGHUP
+        print(line, file=sys.stderr)
+        sys.stdout.flush()
+
+
 def _spawn(main: Callable, args: Namespace) -> None:
     """Detectron2's launch() for several workers, which also passes signals on."""
     url = args.dist_url
@@ -252,14 +258,13 @@ def _spawn(main: Callable, args: Namespace) -> None:
         sys.exit(f"{error}\n{_ended(f'worker {error.error_index} failed, see above')}")
     except mp.ProcessExitedException as error:
         if error.exit_code == EXIT_CODE:
-            print("Ended by a signal; --resume goes on from the checkpoint.", file=sys.stderr)
+            _tell("Ended by a signal; --resume goes on from the checkpoint.")
             sys.exit(EXIT_CODE)
         how = error.signal_name or f"exit code {error.exit_code}"
         line = _ended(f"worker {error.error_index} ended by {how}")
         if not signals.signum:
             sys.exit(line)
-        print(line, file=sys.stderr)
-        sys.stdout.flush()
+        _tell(line)
         end_by(signals.signum)
     finally:
         if timer is not None:

@@ -1,6 +1,9 @@
 """Workers that meet, and each way not to: one clear error within the stated time."""
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from argparse import Namespace
@@ -181,3 +184,25 @@ def test_a_worker_that_falls_silent_is_named(silent, monkeypatch, d2_log, capfd)
     for pulse in pulses:
         pulse.stop()
     del stores
+
+
+RESTARTED = """
+import sys
+from argparse import Namespace
+from agvm_d2.d2.launch import launch, worker_from_environment
+
+args = Namespace(num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto", resume=False)
+launch(lambda args: print("resume:", args.resume), args, worker_from_environment(args))
+"""
+
+
+@pytest.mark.parametrize("count, resume", [("0", False), ("1", True)])
+def test_a_restart_by_torchrun_resumes(count, resume):
+    env = {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "TORCHELASTIC_RESTART_COUNT": count, "AGVM_DIST_TIMEOUT": "60",
+    }  # fmt: skip
+    command = [sys.executable, "-W", "ignore", "-c", RESTARTED]
+    out = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+    assert f"resume: {resume}" in out.stdout, out.stderr
