@@ -22,6 +22,7 @@ from agvm_d2.d2.checks import check_config, check_datasets, check_names, check_t
 from agvm_d2.d2.config import read_config
 from agvm_d2.d2.launch import launch, worker_from_environment
 from agvm_d2.d2.output_dir import FolderLock, config_kept, is_free, set_aside
+from agvm_d2.d2.rendezvous import restarts
 from agvm_d2.d2.sources import check_weights
 
 
@@ -107,6 +108,10 @@ def open_folder(args, cfg: CfgNode | DictConfig) -> FolderLock | None:
 def main(args):
     cfg = setup(args)
     lock = open_folder(args, cfg)  # noqa: F841  held until the end
+    if restarts():
+        logging.getLogger("detectron2.agvm_d2").warning(
+            f"Restart {restarts()} by torchrun: going on from the last checkpoint, as --resume."
+        )
     if isinstance(cfg, DictConfig):
         return lazy_main(args, cfg)
     if args.eval_only:

@@ -1,27 +1,29 @@
 """Start the workers: Detectron2's own launch(), or join those that torchrun or Slurm started."""
 
 from __future__ import annotations
+import contextlib
+import multiprocessing
 import os
 import re
+import signal
+import socket
 import sys
+import threading
+import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from multiprocessing.connection import wait
 import torch
 import torch.distributed as dist
-from detectron2.engine import launch as d2_launch
 from detectron2.utils import comm
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch import multiprocessing as mp
 
+from .preemption import EXIT_CODE, SignalCatcher, end_by
+from .rendezvous import Pulse, Worker, meet, restarts, training_timeout
 
-class Worker(NamedTuple):
-    """This process's place among workers that somebody else started."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    local_size: int
-    dist_url: str
+LAST_WORDS = {EXIT_CODE: 30.0}  # s, for the other workers, by the exit code of the first to end
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+ORPHAN = 120.0  # s, for a checkpoint when the launcher has been killed
 
 
 def worker_from_environment(args: Namespace, env: Mapping[str, str] = os.environ) -> Worker | None:
@@ -33,15 +35,28 @@ def worker_from_environment(args: Namespace, env: Mapping[str, str] = os.environ
     process starts its workers itself, as without Slurm.
 
     Raises:
-        ValueError: machines with different numbers of workers; --num-gpus against the environment.
+        ValueError: machines with different numbers of workers; --num-gpus against the environment;
+            a rank out of range; half of torchrun's variables.
     """
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise ValueError(
+            f"--machine-rank: found {args.machine_rank}, but with --num-machines "
+            f"{args.num_machines} it must be from 0 to {args.num_machines - 1}."
+        )
     if "LOCAL_WORLD_SIZE" in env and "RANK" in env:  # torchrun
-        keys = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-        rank, local_rank, world_size, local_size = (int(env[key]) for key in keys)
+        _check_torchrun(env)
+        rank, local_rank, world_size, local_size = (int(env[key]) for key in RANKS)
         return _worker(args, "torchrun", rank, local_rank, world_size, local_size, "env://")
     # Set by srun in a job step only: not in the shell of an sbatch script or of salloc.
     tasks = int(env.get("SLURM_STEP_NUM_TASKS", 1))
     if tasks == 1 or "SLURM_PROCID" not in env:
+        if args.num_machines == 1 and "RANK" in env and env.get("WORLD_SIZE", "1") != "1":
+            _check_torchrun(env)  # each process would be a run of its own, all in one folder
+        elif args.num_machines > 1 and args.dist_url == "auto":
+            raise ValueError(
+                "--dist-url: found 'auto', but with several machines it must be "
+                "tcp://HOST_OF_MACHINE_0:PORT."
+            )
         return None
     url = f"tcp://{env.get('MASTER_ADDR') or first_host(env['SLURM_STEP_NODELIST'])}:" + (
         env.get("MASTER_PORT") or str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000)
@@ -65,6 +80,26 @@ def worker_from_environment(args: Namespace, env: Mapping[str, str] = os.environ
         int(sizes.split("(")[0]),
         url,
     )
+
+
+def _check_torchrun(env: Mapping[str, str]) -> None:
+    """
+    Raises:
+        ValueError: names the variables.
+    """
+    missing = [key for key in RANKS if not env.get(key)]
+    if missing:
+        raise ValueError(
+            f"RANK={env['RANK']} is set, but not {', '.join(missing)}: start the workers with "
+            "torchrun, which sets all of them, or set them too; or unset RANK and WORLD_SIZE."
+        )
+    for below, above in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        found, size = env[below], env[above]
+        if not (found.isdecimal() and size.isdecimal() and int(found) < int(size)):
+            raise ValueError(
+                f"{below}={found} and {above}={size}: they must be whole numbers, {below} from 0 "
+                f"to {above} - 1."
+            )
 
 
 def _worker(
@@ -103,36 +138,135 @@ def launch(main: Callable, args: Namespace, worker: Worker | None) -> None:
     """Run `main(args)` in every worker; `worker` is what `worker_from_environment` returned.
 
     Raises:
-        SystemExit: a worker failed or was killed; the others are stopped.
+        SystemExit: a worker failed or was killed; the others are stopped. Or a signal came: the
+            code is EXIT_CODE if a checkpoint was written.
     """
-    if worker is None:
-        try:
-            d2_launch(
-                main,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(args,),
-            )
-        except ProcessRaisedException as error:
-            sys.exit(f"{error}\n{_ended(f'worker {error.error_index} failed, see above')}")
-        except ProcessExitedException as error:
-            how = error.signal_name or f"exit code {error.exit_code}"
-            sys.exit(_ended(f"worker {error.error_index} ended by {how}"))
-        return
+    if worker is not None:
+        _watch(os.getppid())
+        _work(main, args, worker)
+    elif args.num_gpus * args.num_machines == 1:
+        main(args)
+    else:
+        _spawn(main, args)
+
+
+def _work(main: Callable, args: Namespace, worker: Worker) -> None:
+    """Join the other workers and call `main`, as Detectron2's launch() does."""
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(worker.local_rank)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        init_method=worker.dist_url,
+        store=meet(worker),
         rank=worker.rank,
         world_size=worker.world_size,
+        timeout=training_timeout(),
     )
+    pulse = Pulse(worker)
     try:
         comm.create_local_process_group(worker.local_size)
         comm.synchronize()
+        # A machine that only had to follow another's restart counts none.
+        if max(comm.all_gather(restarts())):
+            args.resume = True
         main(args)
     finally:
+        pulse.stop()
         dist.destroy_process_group()
+
+
+def _watch(parent: int) -> None:
+    """If the launcher is killed, train no longer than to a checkpoint."""
+
+    def wait_for_the_end() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ORPHAN)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait_for_the_end, daemon=True).start()
+
+
+def _spawned(local_rank: int, main: Callable, args: Namespace, url: str, parent: int) -> None:
+    _watch(parent)
+    with contextlib.suppress(KeyboardInterrupt):
+        _join(local_rank, main, args, url)
+        return
+    end_by(signal.SIGINT)  # torch would make it an exit code of 0
+
+
+def _join(local_rank: int, main: Callable, args: Namespace, url: str) -> None:
+    size = args.num_gpus
+    rank = args.machine_rank * size + local_rank
+    _work(main, args, Worker(rank, local_rank, size * args.num_machines, size, url))
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _tell(line: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may have gone: SIGHUP
+        print(line, file=sys.stderr)
+        sys.stdout.flush()
+
+
+def _spawn(main: Callable, args: Namespace) -> None:
+    """Detectron2's launch() for several workers, which also passes signals on."""
+    url = args.dist_url
+    if url == "auto":
+        url = f"tcp://127.0.0.1:{_free_port()}"
+
+    def pass_on(signum: int) -> None:
+        for process in multiprocessing.active_children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid or 0, signum)
+
+    signals = SignalCatcher(pass_on, on_end=lambda: pass_on(signal.SIGKILL))
+    signals.install()
+    timer = None
+    try:
+        context = mp.start_processes(
+            _spawned, (main, args, url, os.getpid()), nprocs=args.num_gpus, join=False
+        )
+        if signals.signum:  # it came before all of them were there
+            pass_on(signals.signum)
+        running = list(context.processes)
+        while running:
+            wait([process.sentinel for process in running])
+            ended = [process for process in running if not process.is_alive()]
+            running = [process for process in running if process not in ended]
+            codes = [process.exitcode for process in ended if process.exitcode]
+            if codes:
+                # context.join() ends the others by SIGTERM, which one that hangs does not hear.
+                pids = [process.pid for process in running]
+                timer = threading.Timer(LAST_WORDS.get(codes[0], 5.0), _kill, [pids])
+                timer.start()
+                break
+        while not context.join():
+            pass
+    except mp.ProcessRaisedException as error:
+        sys.exit(f"{error}\n{_ended(f'worker {error.error_index} failed, see above')}")
+    except mp.ProcessExitedException as error:
+        if error.exit_code == EXIT_CODE:
+            _tell("Ended by a signal; --resume goes on from the checkpoint.")
+            sys.exit(EXIT_CODE)
+        how = error.signal_name or f"exit code {error.exit_code}"
+        line = _ended(f"worker {error.error_index} ended by {how}")
+        if not signals.signum:
+            sys.exit(line)
+        _tell(line)
+        end_by(signals.signum)
+    finally:
+        if timer is not None:
+            timer.cancel()
+        signals.restore()

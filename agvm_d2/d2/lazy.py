@@ -34,11 +34,13 @@ from torch import nn
 from ..settings import Settings
 from ..solver.clip import CLIP_TYPES, clip_gradients, skip_nonfinite_steps
 from ..validate import one_of
+from .agreement import AgreementHook, check_agreement, code, flat
 from .checkpoint import AtomicCheckpointer
 from .checks import STOP_OR_SKIP, check_agvm, check_amp, check_device, check_whole
 from .hook import AGVMHook
 from .loader import ResumableLoader, shared_seed
 from .micro_batches import STATIC_GRAPH, split_batch
+from .preemption import PreemptionHook
 from .resume import ConfigRecord, check_not_done
 from .run import RunOptions
 from .trainer import create_ddp_model
@@ -206,7 +208,12 @@ def agvm_hook(
 
 
 def do_train(cfg: DictConfig, resume: bool = False) -> dict:
-    """Train, and evaluate at the end; the last evaluation's results."""
+    """Train, and evaluate at the end; the last evaluation's results.
+
+    Raises:
+        ValueError: workers with different configs, code or checkpoints.
+    """
+    check_agreement({**code(), **flat(cfg), "--resume": resume})
     train, options = cfg.train, run_options(cfg)
     model = instantiate(cfg.model).to(train.device)
     cfg.optimizer.params.model = model
@@ -231,19 +238,24 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
         results.update(do_test(cfg, model))
         return results
 
+    preemption = PreemptionHook(checkpointer)
     main = comm.is_main_process()
     writers = default_writers(train.output_dir, train.max_iter) if main else []
     built = [
+        preemption,
+        AgreementHook(model),
         record,
         seeder,
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
         agvm_hook(cfg, options, model, optimizer),
         hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer) if main else None,
-        hooks.EvalHook(train.eval_period, evaluate),
+        hooks.EvalHook(train.eval_period, preemption.abortable(evaluate)),
         hooks.PeriodicWriter(writers, period=train.log_period) if main else None,
     ]
     trainer.register_hooks([hook for hook in built if hook])
+    last = checkpointer.get_checkpoint_file() if resume else ""
+    check_agreement({"the checkpoint": os.path.basename(last)})
     checkpointer.resume_or_load(train.init_checkpoint, resume=resume)
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     check_not_done(start, train.max_iter, "train.max_iter")

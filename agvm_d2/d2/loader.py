@@ -24,6 +24,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ..validate import one_of
+from .preemption import leave_signals_to_the_trainer
 
 logger = logging.getLogger("detectron2.agvm_d2")
 
@@ -228,6 +229,7 @@ class ResumableLoader:
             collate_fn=_as_is,
             generator=torch.Generator(),  # or it draws a seed from the trainer's random numbers
             prefetch_factor=self._prefetch(),
+            worker_init_fn=leave_signals_to_the_trainer,
         )
         if self.grouping:
             batches = AspectRatioGroupedDataset(images, self.batch_size)

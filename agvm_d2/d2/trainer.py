@@ -31,11 +31,13 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 
 from ..solver import build_lr_scheduler, unsplit_optimizer
+from .agreement import AgreementHook, check_agreement, code, flat
 from .checkpoint import AtomicCheckpointer
 from .checks import check_config
 from .hook import AGVMHook
 from .loader import build_train_loader
 from .micro_batches import micro_batches
+from .preemption import PreemptionHook
 from .resume import ConfigRecord, check_not_done
 from .run import RunOptions
 
@@ -93,8 +95,9 @@ class AGVMTrainerMixin(_Trainer):
     def __init__(self, cfg: CfgNode):
         """
         Raises:
-            ValueError: a bad config value, named by its key.
+            ValueError: a bad config value, named by its key; workers with other configs or code.
         """
+        check_agreement({**code(), **flat(cfg)})
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         check_config(cfg, comm.get_world_size())
         with _patched("create_ddp_model", create_ddp_model):
@@ -151,6 +154,17 @@ class AGVMTrainerMixin(_Trainer):
                 "use agvm_d2.trainer.MicroBatchTrainer in the project."
             )
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Detectron2's, where all workers would go on from the same checkpoint.
+
+        Raises:
+            ValueError: they would not, or it has more iterations than SOLVER.MAX_ITER.
+        """
+        last = self.checkpointer.get_checkpoint_file() if resume else ""
+        check_agreement({"--resume": resume, "the checkpoint": os.path.basename(last)})
+        super().resume_or_load(resume)
+        check_not_done(self.start_iter, self.max_iter, "SOLVER.MAX_ITER")
+
     def build_hooks(self) -> list[HookBase | None]:
         if type(self.checkpointer) is DetectionCheckpointer:
             stock = self.checkpointer
@@ -175,15 +189,11 @@ class AGVMTrainerMixin(_Trainer):
                 self.checkpointer.add_checkpointable("agvm", hook)
                 self.checkpointer.add_checkpointable("iteration_seeder", seeder)
                 self.checkpointer.add_checkpointable("config_record", record)
-        return built
-
-    def resume_or_load(self, resume: bool = True) -> None:
-        """
-        Raises:
-            ValueError: the checkpoint to resume from has more iterations than SOLVER.MAX_ITER.
-        """
-        super().resume_or_load(resume)
-        check_not_done(self.start_iter, self.max_iter, "SOLVER.MAX_ITER")
+        preemption = PreemptionHook(self.checkpointer)
+        for built_hook in built:
+            if isinstance(built_hook, hooks.EvalHook) and hasattr(built_hook, "_func"):
+                built_hook._func = preemption.abortable(built_hook._func)
+        return [preemption, AgreementHook(self.model), *built]
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)

@@ -1,0 +1,251 @@
+"""A signal, such as Slurm's or Ctrl-C's, ends training with a checkpoint, on all workers alike.
+
+The workers agree on the iteration after which to stop by one all-reduce of one number on the CPU.
+It is posted when an iteration ends and read before the next begins, so it waits for no GPU, and for
+the other workers only where Detectron2's own gathering of the losses has just done so.
+"""
+
+from __future__ import annotations
+import contextlib
+import functools
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, NoReturn
+import torch
+import torch.distributed as dist
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from fvcore.common.checkpoint import Checkpointer
+
+from .rendezvous import training_timeout
+
+logger = logging.getLogger("detectron2.agvm_d2")
+
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again". 128 + n says that nothing was saved.
+# A terminal, Slurm and a launcher each pass a signal on, so one signal comes two or three times.
+AGAIN = 2.0  # s
+PATIENCE = timedelta(seconds=10)  # for a worker that no signal has reached, after an evaluation
+SAVING = timedelta(minutes=10)  # for the checkpoint that the main process writes
+
+
+class Preempted(SystemExit):
+    """The checkpoint is written and this process should end, with EXIT_CODE."""
+
+    def __init__(self) -> None:
+        super().__init__(EXIT_CODE)
+
+
+class SignalCatcher:
+    """Notes the first signal in `signum`; the same one again, AGAIN s later, ends the process.
+
+    Signals that are ignored, as nohup does, or that a project handles itself, are left alone.
+
+    Args:
+        on_signal: called with the signal each time.
+        on_end: called before the process ends.
+    """
+
+    def __init__(
+        self, on_signal: Callable[[int], None], on_end: Callable[[], None] = lambda: None
+    ) -> None:
+        self.signum = 0
+        self._on_signal, self._on_end = on_signal, on_end
+        self._first: dict[int, float] = {}
+        self._before: dict[int, Any] = {}
+
+    def install(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python allows it nowhere else
+        for signum in SIGNALS:
+            if signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler):
+                self._before[signum] = signal.signal(signum, self._handle)
+
+    def restore(self, ignore: bool = False) -> None:
+        """What was there before; or, in a process that is about to end, nothing."""
+        for signum, before in self._before.items():
+            signal.signal(signum, signal.SIG_IGN if ignore else before)
+        self._before.clear()
+
+    def _handle(self, signum: int, frame: object) -> None:
+        now = time.monotonic()
+        if now - self._first.setdefault(signum, now) > AGAIN:
+            self._on_end()
+            end_by(signum)
+        self.signum = self.signum or signum
+        self._on_signal(signum)
+
+
+def end_by(signum: int) -> None:
+    """End this process as the signal does by default."""
+    signal.signal(signum, signal.SIG_DFL)
+    os.kill(os.getpid(), signum)
+
+
+@functools.lru_cache(maxsize=1)
+def _cpu_group(world: Any) -> Any:
+    """All workers, over gloo; apart from `world`, whose collectives have an order of their own."""
+    return dist.new_group(backend="gloo", timeout=training_timeout())
+
+
+class PreemptionHook(HookBase):
+    """Ends training with a checkpoint and `Preempted` after a signal; register it as the first.
+
+    All hooks are done with an iteration when its checkpoint is written. An evaluation is aborted if
+    its function is wrapped by `abortable`.
+    """
+
+    def __init__(self, checkpointer: Checkpointer):
+        self._checkpointer = checkpointer
+        self._signals = SignalCatcher(self._on_signal)
+        self._leaving = self._evaluating = self._over = False
+        self._agreed = 0  # the signal, once all workers know of it
+        self._flag: torch.Tensor | None = None
+        self._work: Any = None
+
+    def before_train(self) -> None:
+        self._leaving = self._evaluating = self._over = False
+        self._work, self._agreed = None, 0
+        if comm.get_world_size() > 1:
+            _cpu_group(dist.group.WORLD)  # all workers must come: not at the first signal
+        self._signals.signum = 0
+        self._signals.install()
+
+    def after_train(self) -> None:
+        self._over = True  # but for an evaluation in a later hook
+        self._restore()
+
+    def _restore(self) -> None:
+        # The launcher sends SIGTERM to the others when the first worker ends.
+        self._signals.restore(ignore=self._leaving and comm.get_world_size() > 1)
+
+    def after_step(self) -> None:
+        self._post()
+
+    def before_step(self) -> None:
+        if self._agreed or self._answer():
+            self.trainer.iter -= 1  # this one has not been made
+            self._leave()
+
+    def _on_signal(self, signum: int) -> None:
+        if self._evaluating:
+            self._evaluating = False
+            raise Preempted
+
+    def _post(self) -> None:
+        if comm.get_world_size() > 1:
+            self._flag = torch.tensor([self._signals.signum])
+            group = _cpu_group(dist.group.WORLD)
+            self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group, async_op=True)
+
+    def _answer(self, *timeout: timedelta) -> int:
+        """The signal that any worker had got when it posted; 0: none, or nothing was posted."""
+        if comm.get_world_size() == 1:
+            return self._signals.signum
+        if self._work is None:
+            return 0
+        work, self._work = self._work, None
+        work.wait(*timeout)
+        assert self._flag is not None
+        self._signals.signum = self._signals.signum or int(self._flag)
+        return int(self._flag)
+
+    def _leave(self) -> NoReturn:
+        """Save, and wait until it is saved.
+
+        Raises:
+            Preempted: always, unless the checkpoint cannot be written.
+        """
+        self._leaving = True
+        trainer, name = self.trainer, signal.Signals(self._signals.signum).name
+        logger.warning(f"{name}: stopping after iteration {trainer.iter}.")
+        # Else it was the last evaluation, and model_final is there.
+        if trainer.iter < trainer.max_iter and comm.is_main_process():
+            self._checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
+        try:  # nobody ends before the checkpoint is there: the launcher would stop all
+            self._post()
+            self._answer(SAVING)
+        except RuntimeError:
+            if not comm.is_main_process():
+                raise
+        logger.warning(
+            f"{name}: the checkpoint is written. The exit code is {EXIT_CODE}; the same command "
+            "with --resume goes on from here."
+        )
+        raise Preempted
+
+    def abortable(self, evaluate: Callable[[], Any]) -> Callable[[], Any]:
+        """`evaluate`, called on all workers alike, which a signal ends before it is done."""
+
+        def evaluate_or_leave() -> Any:
+            if self._leaving:
+                return None
+            self._signals.install()
+            try:
+                return evaluate_until_signal()
+            finally:
+                if self._over:
+                    self._restore()
+
+        def evaluate_until_signal() -> Any:
+            self._agreed = self._agreed or self._answer()
+            if self._agreed:
+                return self._leave() if self._over else None
+            results, aborted = None, False
+            try:
+                with self._until_signal():
+                    results = evaluate()
+            except Preempted:
+                aborted = True
+            except Exception:
+                time.sleep(0.5)  # it may have ended a loader's process before it came here
+                if not self._signals.signum:
+                    raise
+                aborted = True
+            # Once more after the evaluation, aborted or not: the same number for each worker.
+            try:
+                self._post()
+                self._agreed = self._answer(PATIENCE) if aborted else self._answer()
+            except RuntimeError:  # a worker has gone, or the signal has not reached it
+                if not self._signals.signum:
+                    raise
+                self._leave()
+            if self._agreed and self._over:
+                self._leave()
+            return results  # hooks registered later still have their part of the iteration to do
+
+        return evaluate_or_leave
+
+    @contextlib.contextmanager
+    def _until_signal(self) -> Iterator[None]:
+        self._evaluating = True
+        if self._signals.signum:  # it came a moment before
+            self._on_signal(self._signals.signum)
+        try:
+            yield
+        finally:
+            self._evaluating = False
+
+
+def leave_signals_to_the_trainer(worker_id: int) -> None:
+    """`worker_init_fn` of a DataLoader: a signal to all processes ends none of the loader's, which
+    the trainer still needs for its last iteration. The trainer's own SIGTERM ends it."""
+    for signum in SIGNALS:
+        if signum != signal.SIGTERM:
+            signal.signal(signum, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
