@@ -13,7 +13,7 @@ import torch
 from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.structures import BoxMode, PolygonMasks
 
-from ..data.check import REACH, SIDE, found, image_faults, rle_pixels
+from ..data.check import REACH, SIDE, found, image_faults, image_size, rle_pixels
 from ..validate import is_int
 
 
@@ -102,7 +102,7 @@ class SampleCheck:
         label = record.get("sem_seg_file_name")
         if label:
             label_size, spoils, _ = image_faults(label, label=True)
-            if not spoils and label_size != size:
+            if not spoils and label_size not in (size, image_size(record["file_name"])):
                 spoils = (
                     f"{label_size[0]} x {label_size[1]}, but the image is {size[0]} x {size[1]}"
                 )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import itertools
 import json
@@ -199,8 +200,8 @@ def _sample(paths: Sequence[Any]) -> list[int]:
 
 
 def image_faults(path: str, label: bool = False) -> tuple[tuple[int, int], str, str]:
-    """Size, (width, height) as Detectron2 turns it by EXIF, then what spoils the image when
-    Detectron2 reads it, and what merely looks odd, from the file's header; "" for nothing.
+    """(width, height) as stored, then what spoils the image when Detectron2 reads it, and what
+    merely looks odd, from the file's header; "" for nothing.
 
     Args:
         label: a semantic label file, one class index a pixel.
@@ -210,21 +211,28 @@ def image_faults(path: str, label: bool = False) -> tuple[tuple[int, int], str, 
     """
     with PathManager.open(path, "rb") as file, Image.open(file) as image:
         size, mode = image.size, image.mode
-        with contextlib.suppress(Exception):  # a broken EXIF: Detectron2 leaves it out
-            if image.getexif().get(0x0112, 1) >= 5:
-                size = size[::-1]
-        frames = getattr(image, "n_frames", 1)
+        # A phone's MPO has a small copy or a second view behind the picture.
+        animated = getattr(image, "is_animated", False) and image.format != "MPO"
         if label:
             spoils = f"mode {mode}, but labels must be 8-bit grey (L)" if mode != "L" else ""
             return size, spoils, ""
         if mode.startswith(DEEP):
             return size, f"mode {mode}: more than 8 bits a pixel, which reading cuts off", ""
-        odd = f"{frames} frames, of which the first is taken" if frames > 1 else ""
+        odd = "several frames, of which the first is taken" if animated else ""
         if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
             odd = odd or f"mode {mode} with transparency, which is left out"
         elif mode not in ("RGB", "L", "P", "1"):
             odd = odd or f"mode {mode}, whose colours may come out wrong"
     return size, "", odd
+
+
+def image_size(path: str) -> tuple[int, int]:
+    """(width, height) as Detectron2 reads it: turned by EXIF."""
+    with PathManager.open(path, "rb") as file, Image.open(file) as image:
+        turned = False
+        with contextlib.suppress(Exception):  # a broken EXIF: Detectron2 leaves it out
+            turned = image.getexif().get(0x0112, 1) >= 5
+        return image.size[::-1] if turned else image.size
 
 
 def _check_sampled(findings: _Findings, images: _Images) -> None:
@@ -233,7 +241,7 @@ def _check_sampled(findings: _Findings, images: _Images) -> None:
         if not path or "://" in path or not os.path.exists(path):
             continue
         try:
-            size, spoils, odd = image_faults(path)
+            (_, spoils, odd), size = image_faults(path), image_size(path)
         except Exception as error:  # Pillow's plugins raise what they like
             findings.add(IMAGE, "unreadable", images.where(i), f"'{path}' cannot be read: {error}")
             continue
@@ -270,7 +278,7 @@ def _check_labels(
             continue
         try:
             size, spoils, _ = image_faults(label, label=True)
-            image_size = image_faults(path)[0]
+            wanted = image_size(path)
             with Image.open(label) as file:
                 values = np.unique(np.asarray(file))
         except Exception as error:
@@ -280,9 +288,9 @@ def _check_labels(
         if spoils:
             findings.add(ERROR, "label mode", "", f"'{label}': {spoils}")
             continue
-        if size != image_size:
+        if size != wanted:
             what = f"'{label}': {size[0]} x {size[1]}, but its image '{path}' is "
-            findings.add(IMAGE, "label size", "", what + f"{image_size[0]} x {image_size[1]}")
+            findings.add(IMAGE, "label size", "", what + f"{wanted[0]} x {wanted[1]}")
         beyond = values[(values >= classes) & (values != ignore)] if classes else values[:0]
         if len(beyond):
             what = f"'{label}': label {beyond[0]}, but it must be below {classes}, the number of "
@@ -677,6 +685,19 @@ def _leaves(name: str) -> bool:
     return ".." in name and os.path.normpath(name).split(os.sep)[0] == ".."
 
 
+@contextlib.contextmanager
+def _without_gc() -> Iterator[None]:
+    """Millions of small objects come and none goes: looking for garbage takes a third of it."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@_without_gc()
 def check_json(
     path: str, root: str, *, lvis: bool = False, outside: bool = False
 ) -> tuple[Report, list[str]]:
