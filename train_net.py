@@ -21,6 +21,7 @@ from agvm_d2.d2.checkpoint import AtomicCheckpointer
 from agvm_d2.d2.checks import check_config, check_datasets, check_names, check_tta
 from agvm_d2.d2.config import read_config
 from agvm_d2.d2.launch import launch, worker_from_environment
+from agvm_d2.d2.needs import check_data, of_yacs
 from agvm_d2.d2.output_dir import FolderLock, config_kept, is_free, set_aside
 from agvm_d2.d2.rendezvous import restarts
 from agvm_d2.d2.sources import check_weights
@@ -37,6 +38,7 @@ def setup(args) -> CfgNode | DictConfig:
         cfg = lazy.load(args.config_file, args.opts)
         lazy.check(cfg, num_workers)
         check_datasets(lazy.dataset_names(cfg, args.eval_only))
+        needs = lazy.needs(cfg, args.eval_only)
         keys = ("train.init_checkpoint", "train.output_dir", "train.device")
         values = (cfg.train.init_checkpoint, cfg.train.output_dir, cfg.train.device)
     else:
@@ -53,9 +55,11 @@ def setup(args) -> CfgNode | DictConfig:
                 "TEST.EXPECTED_RESULTS: set, but DATASETS.TEST is empty. Set it to []."
             )
         check_datasets(sets.TEST if args.eval_only else sets.TRAIN + sets.TEST)
+        needs = of_yacs(cfg, args.eval_only)
         keys = ("MODEL.WEIGHTS", "OUTPUT_DIR", "MODEL.DEVICE")
         values = (cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE)
     check_files(args, keys, *values)
+    check_data(needs)
     return cfg
 
 

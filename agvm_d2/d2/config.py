@@ -30,6 +30,8 @@ def add_agvm_config(cfg: CN) -> None:
     cfg.SOLVER.ON_NONFINITE = "stop"
     # An image or annotation that cannot be read: "stop", or "skip" to the next; both name the file.
     cfg.DATALOADER.ON_BAD_IMAGE = "stop"
+    # Look at the datasets before training, and compare the config with them.
+    cfg.DATALOADER.CHECK_DATASETS = True
     # SOLVER.WARMUP_METHOD may also be "exp": the learning rate grows by a constant factor.
 
 

@@ -8,6 +8,7 @@ Beside Detectron2's keys a config has
     train.expected_results  as TEST.EXPECTED_RESULTS
     train.on_nonfinite      "stop" or "skip", as SOLVER.ON_NONFINITE
     train.on_bad_image      as DATALOADER.ON_BAD_IMAGE
+    train.check_datasets    as DATALOADER.CHECK_DATASETS
 
 A `dataloader.train` of Detectron2's `build_detection_train_loader`, without a sampler of its own,
 becomes a `ResumableLoader`, which a resumed run brings back to its place.
@@ -37,12 +38,15 @@ from ..validate import one_of
 from .agreement import AgreementHook, check_agreement, code, flat
 from .checkpoint import AtomicCheckpointer
 from .checks import STOP_OR_SKIP, check_agvm, check_amp, check_device, check_whole
+from .handover import raise_open_files
 from .hook import AGVMHook
 from .loader import ResumableLoader, shared_seed
 from .micro_batches import STATIC_GRAPH, split_batch
+from .needs import Needs, check_data, complete, of_lazy
 from .preemption import PreemptionHook
 from .resume import ConfigRecord, check_not_done
 from .run import RunOptions
+from .samples import SampleCheck
 from .trainer import create_ddp_model
 
 AGVM_KEYS = {"enabled", "log_period"} | {field.name for field in dataclasses.fields(Settings)}
@@ -140,12 +144,18 @@ def check(cfg: DictConfig, num_workers: int) -> None:
     check_amp("train.amp.enabled", train.amp.enabled, train.device)
 
 
+def _names(cfg: DictConfig, split: str) -> list[str]:
+    names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names", default=())
+    return [names] if isinstance(names, str) else list(names)
+
+
 def dataset_names(cfg: DictConfig, eval_only: bool) -> list[str]:
-    found = []
-    for split in ("test",) if eval_only else ("train", "test"):
-        names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names", default=())
-        found += [names] if isinstance(names, str) else list(names)
-    return found
+    return ([] if eval_only else _names(cfg, "train")) + _names(cfg, "test")
+
+
+def needs(cfg: DictConfig, eval_only: bool = False) -> Needs | None:
+    """What the datasets must have."""
+    return of_lazy(cfg, [] if eval_only else _names(cfg, "train"), _names(cfg, "test"))
 
 
 def do_test(cfg: DictConfig, model: nn.Module) -> dict:
@@ -153,7 +163,7 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict:
     if "evaluator" not in cfg.dataloader:
         return {}
     results = inference_on_dataset(
-        model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+        model, instantiate(cfg.dataloader.test), complete(instantiate(cfg.dataloader.evaluator))
     )
     print_csv_format(results)
     return results
@@ -180,20 +190,22 @@ def run_options(cfg: DictConfig) -> RunOptions:
 
 def train_loader(cfg: DictConfig) -> ResumableLoader | Iterable[list[dict]]:
     """A ResumableLoader where `dataloader.train` allows it, else what is configured there."""
+    raise_open_files()
     node = cfg.dataloader.train
     target = locate(node._target_) if isinstance(node._target_, str) else node._target_
     if target is not build_detection_train_loader or set(node) - LOADER_KEYS:
         return instantiate(node)
-    dicts = instantiate(node.dataset)
+    dicts, mapper = instantiate(node.dataset), instantiate(node.mapper)
     return ResumableLoader(
         dicts,
-        instantiate(node.mapper),
+        mapper,
         node.total_batch_size // comm.get_world_size(),
         lambda seed: TrainingSampler(len(dicts), seed=seed),
         node.get("num_workers", 0),
         node.get("aspect_ratio_grouping", True),
         shared_seed(cfg.train.get("seed", -1)),
         cfg.train.get("on_bad_image", "stop"),
+        SampleCheck.of(_names(cfg, "train"), mapper, cfg.train.get("check_datasets", True)),
     )
 
 
@@ -211,9 +223,10 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     """Train, and evaluate at the end; the last evaluation's results.
 
     Raises:
-        ValueError: workers with different configs, code or checkpoints.
+        ValueError: workers with different configs, code or checkpoints; a bad dataset.
     """
     check_agreement({**code(), **flat(cfg), "--resume": resume})
+    check_data(needs(cfg), log=True)
     train, options = cfg.train, run_options(cfg)
     model = instantiate(cfg.model).to(train.device)
     cfg.optimizer.params.model = model

@@ -24,12 +24,20 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ..validate import one_of
+from .handover import packer, raise_open_files, unpacked
 from .preemption import leave_signals_to_the_trainer
+from .samples import SampleCheck
 
 logger = logging.getLogger("detectron2.agvm_d2")
 
 MAX_TRIES = 100  # bad images in a row: then it is not the images
 SKIPPED = "agvm_d2.skipped"  # key of a sample that stands in for a bad one
+ODD = "agvm_d2.odd"  # key of a sample whose file looks odd
+MAX_ODD = 10  # images that are named
+POLYGON_HINT = (
+    " If masks are run-length codes (RLE), set INPUT.MASK_FORMAT bitmask (in a LazyConfig "
+    "dataloader.train.mapper.instance_mask_format=bitmask)"
+)
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -85,9 +93,16 @@ def _is_wide(record: dict) -> bool:
 class _Images(Dataset):
     """(place in the stream, index) -> the mapped image."""
 
-    def __init__(self, dicts: Sequence[dict], mapper: Callable, on_bad_image: str, grouping: bool):
+    def __init__(
+        self,
+        dicts: Sequence[dict],
+        mapper: Callable,
+        on_bad_image: str,
+        grouping: bool,
+        check: SampleCheck,
+    ):
         self.dicts, self.mapper, self.on_bad_image = dicts, mapper, on_bad_image
-        self.grouping = grouping
+        self.grouping, self.check = grouping, check
         self.seed, self.rank = 0, comm.get_rank()
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
@@ -107,11 +122,18 @@ class _Images(Dataset):
     def _read(self, index: int) -> dict | None:
         """None where the mapper leaves an image out, as Detectron2 allows."""
         record = self.dicts[index]
+        name = record.get("file_name", f"number {index}")
         try:
-            return self.mapper(record)
+            odd = self.check.record(record)  # before any C code sees it
+            sample = self.mapper(record)
+            if sample is not None:
+                self.check.sample(sample, record)
         except Exception as error:
-            name = record.get("file_name", f"number {index}")
-            raise BadImageError(f"'{name}': {type(error).__name__}: {error}") from error
+            hint = POLYGON_HINT if "mask_format=='polygon'" in str(error) else ""
+            raise BadImageError(f"'{name}': {type(error).__name__}: {error}{hint}") from error
+        if odd and sample is not None:
+            sample[ODD] = f"'{name}': {odd}"
+        return sample
 
     def _stand_in(self, index: int, skipped: list[str]) -> dict:
         """The next image of the same shape, which so takes the place in the same batch."""
@@ -181,6 +203,7 @@ class ResumableLoader:
         grouping: batches of images that are all wide or all not (DATALOADER.ASPECT_RATIO_GROUPING).
         seed: the same in all workers.
         on_bad_image: "stop", or "skip": take the next one, say which and how many.
+        check: of each record and mapped sample; none given: one that knows no classes.
 
     Raises:
         ValueError: another `on_bad_image`.
@@ -197,14 +220,15 @@ class ResumableLoader:
         grouping: bool = True,
         seed: int = 0,
         on_bad_image: str = "stop",
+        check: SampleCheck | None = None,
     ):
         one_of("on_bad_image", on_bad_image, ("stop", "skip"))
         self.batch_size, self.grouping, self.make_sampler = batch_size, grouping, make_sampler
         self.seed, self.start, self.skipped = seed, 0, 0
-        self._num_workers = num_workers
+        self._num_workers, self._odd = num_workers, 0
         # Serialized: shared by the loader's processes, and a new object at each reading.
         dicts = DatasetFromList(dicts, copy=False)
-        self._images = _Images(dicts, mapper, on_bad_image, grouping)
+        self._images = _Images(dicts, mapper, on_bad_image, grouping, check or SampleCheck())
 
     def wide(self) -> list[bool]:
         """Of each image, whether it is wider than high."""
@@ -220,27 +244,37 @@ class ResumableLoader:
 
     def __iter__(self) -> Iterator[list[dict]]:
         self._images.seed = self.seed
+        workers, prefetch = self._num_workers, self._prefetch()
         # Not batched here, so that the order does not depend on the number of processes.
         images = DataLoader(
             self._images,
             sampler=_Stream(self),
             batch_size=None,
-            num_workers=self._num_workers,
-            collate_fn=_as_is,
+            num_workers=workers,
+            collate_fn=packer(workers * prefetch) if prefetch else _as_is,
             generator=torch.Generator(),  # or it draws a seed from the trainer's random numbers
-            prefetch_factor=self._prefetch(),
+            prefetch_factor=prefetch,
             worker_init_fn=leave_signals_to_the_trainer,
         )
+        samples = unpacked(images) if workers else images
         if self.grouping:
-            batches = AspectRatioGroupedDataset(images, self.batch_size)
+            batches = AspectRatioGroupedDataset(samples, self.batch_size)
         else:
-            batches = _in_batches(images, self.batch_size)
+            batches = _in_batches(samples, self.batch_size)
         for batch in batches:
             for sample in batch:
                 for what in sample.pop(SKIPPED, ()):
                     self.skipped += 1
                     logger.warning(f"Skipped image {self.skipped} of this worker so far: {what}")
+                if ODD in sample:
+                    self._tell_odd(sample.pop(ODD))
             yield batch
+
+    def _tell_odd(self, what: str) -> None:
+        self._odd += 1
+        if self._odd <= MAX_ODD:
+            more = "; the next ones are not named" if self._odd == MAX_ODD else ""
+            logger.warning(f"Odd image: {what}{more}")
 
 
 class IterationSeeder(HookBase):
@@ -315,6 +349,7 @@ def build_train_loader(
         mapper: in place of `DatasetMapper(cfg, is_train=True)`.
     """
     data = cfg.DATALOADER
+    raise_open_files()
     if data.SAMPLER_TRAIN not in ("TrainingSampler", "RepeatFactorTrainingSampler"):
         return build_detection_train_loader(cfg, mapper=mapper)
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
@@ -332,15 +367,17 @@ def build_train_loader(
             dicts, data.REPEAT_THRESHOLD
         )
         make_sampler = functools.partial(_repeating_sampler, factors)
+    mapper = mapper or DatasetMapper(cfg, is_train=True)
     return ResumableLoader(
         dicts,
-        mapper or DatasetMapper(cfg, is_train=True),
+        mapper,
         cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
         make_sampler,
         data.NUM_WORKERS,
         data.ASPECT_RATIO_GROUPING,
         shared_seed(cfg.SEED),
         data.ON_BAD_IMAGE,
+        SampleCheck.of(cfg.DATASETS.TRAIN, mapper, data.CHECK_DATASETS),
     )
 
 

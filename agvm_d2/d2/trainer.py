@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.engine import (
     DefaultTrainer,
     HookBase,
@@ -37,6 +36,7 @@ from .checks import check_config
 from .hook import AGVMHook
 from .loader import build_train_loader
 from .micro_batches import micro_batches
+from .needs import check_data, complete, evaluator_type, of_yacs
 from .preemption import PreemptionHook
 from .resume import ConfigRecord, check_not_done
 from .run import RunOptions
@@ -95,11 +95,15 @@ class AGVMTrainerMixin(_Trainer):
     def __init__(self, cfg: CfgNode):
         """
         Raises:
-            ValueError: a bad config value, named by its key; workers with other configs or code.
+            ValueError: a bad config value, named by its key; a bad dataset; workers with other
+                configs or code.
         """
         check_agreement({**code(), **flat(cfg)})
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         check_config(cfg, comm.get_world_size())
+        build = getattr(type(self).build_evaluator, "__func__", None)
+        stock = build is AGVMTrainer.build_evaluator.__func__  # type: ignore[attr-defined]
+        check_data(of_yacs(cfg, evaluators=stock), log=True)
         with _patched("create_ddp_model", create_ddp_model):
             super().__init__(cfg)
         if micro_batches(cfg, comm.get_world_size()) > 1:
@@ -144,6 +148,12 @@ class AGVMTrainerMixin(_Trainer):
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
         with _patched("build_detection_train_loader", build_train_loader):
             return super().build_train_loader(cfg)
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, *args: Any, **kwargs: Any
+    ) -> DatasetEvaluator:
+        return complete(super().build_evaluator(cfg, dataset_name, *args, **kwargs))
 
     def _refuse_own_run_step(self) -> None:
         run_step = type(self).run_step
@@ -237,12 +247,14 @@ class AGVMTrainer(AGVMTrainerMixin, DefaultTrainer):
     ) -> DatasetEvaluator:
         """Detectron2's evaluator(s) for the dataset's `evaluator_type`."""
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-        kind = MetadataCatalog.get(dataset_name).evaluator_type
+        kind = evaluator_type(dataset_name)
         evaluators: list[DatasetEvaluator] = []
         if kind in ("sem_seg", "coco_panoptic_seg"):
             evaluators.append(SemSegEvaluator(dataset_name, output_dir=folder))
         if kind in ("coco", "coco_panoptic_seg"):
-            evaluators.append(COCOEvaluator(dataset_name, output_dir=folder))
+            sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+            coco = COCOEvaluator(dataset_name, output_dir=folder, kpt_oks_sigmas=sigmas)
+            evaluators.append(complete(coco))
         if kind == "coco_panoptic_seg":
             evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
         if kind == "pascal_voc":
