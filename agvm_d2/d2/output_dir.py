@@ -21,7 +21,13 @@ logger = logging.getLogger("detectron2.agvm_d2")
 
 LOCK = ".run.lock"
 # What a run leaves, and the next one in the folder would mix with its own.
-OF_A_RUN = ("metrics.json", "last_checkpoint", "model_*.pth", "log.txt*", "config.yaml*")
+OF_A_RUN: tuple[str, ...] = (
+    "metrics.json",
+    "last_checkpoint",
+    "model_*.pth",
+    "log.txt*",
+    "config.yaml*",
+)
 OF_A_RUN += ("events.out.tfevents.*",)
 
 

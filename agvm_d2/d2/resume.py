@@ -90,7 +90,7 @@ class ConfigRecord(HookBase):
         output_dir: str,
     ):
         self._cfg, self._optimizer, self._output_dir = cfg, optimizer, output_dir
-        self._names = {p: name for name, p in named_parameters(model)}
+        self._names: dict[torch.Tensor, str] = {p: n for n, p in named_parameters(model)}
         self._values = dict(_flat(_plain(config_text(cfg))))
         self._built = [dict(group) for group in optimizer.param_groups]
         self._saved: dict[str, Any] | None = None
@@ -154,7 +154,8 @@ class ConfigRecord(HookBase):
                     )
 
     def _renew_schedule(self) -> None:
-        scheduler, groups = getattr(self.trainer, "scheduler", None), self._optimizer.param_groups
+        scheduler: Any = getattr(self.trainer, "scheduler", None)
+        groups = self._optimizer.param_groups
         if not hasattr(scheduler, "base_lrs"):  # a LazyConfig's is built after this
             return
         scheduler.base_lrs = [group["initial_lr"] for group in groups]

@@ -10,7 +10,18 @@ from detectron2.utils.file_io import PathManager
 
 PYTHON = "tag:yaml.org,2002:python/"
 # What they make is a plain value.
-PLAIN = ("tuple", "list", "dict", "str", "unicode", "bytes", "int", "long", "float", "complex")
+PLAIN: tuple[str, ...] = (
+    "tuple",
+    "list",
+    "dict",
+    "str",
+    "unicode",
+    "bytes",
+    "int",
+    "long",
+    "float",
+    "complex",
+)
 PLAIN += ("bool", "none")
 
 
@@ -45,7 +56,7 @@ def check_yaml(
     except RecursionError:
         raise ValueError(f"{where} is not a config: it is nested too deep.") from None
     if not isinstance(root, yaml.MappingNode):
-        kind = "empty" if root is None else f"a {root.id}"
+        kind = "empty" if root is None else f"a {root.tag.rpartition(':')[2]}"
         raise ValueError(f"{where} is not a config: it is {kind}, not keys and values.")
     trusted = allow_unsafe or _is_detectron2s(file)
     for node in _nodes(root):
