@@ -314,7 +314,7 @@ class IterationSeeder(HookBase):
 
     def state_dict(self) -> dict:
         state = {"seed": self._seed, "workers": comm.get_world_size()}
-        if self._loader:
+        if self._loader and self.trainer is not None:  # not in one that has not trained
             state["images"] = (self.trainer.iter + 1 + self._shift) * self._batch_size()
         return state
 

@@ -56,7 +56,7 @@ def check_yaml(
     except RecursionError:
         raise ValueError(f"{where} is not a config: it is nested too deep.") from None
     if not isinstance(root, yaml.MappingNode):
-        kind = "empty" if root is None else f"a {root.tag.rpartition(':')[2]}"
+        kind = "empty" if root is None else f"a {getattr(root, 'id', 'value')}"
         raise ValueError(f"{where} is not a config: it is {kind}, not keys and values.")
     trusted = allow_unsafe or _is_detectron2s(file)
     for node in _nodes(root):

@@ -21,7 +21,7 @@ def test_killed_while_saving():
 class Torn(AtomicCheckpointer):
     """One of three files is cut short."""
 
-    def _write(self, path, write):
+    def _write(self, path, write, check=None):  # nor is it read back
         super()._write(
             path, lambda f: write(f) if "_0_0" not in path else f.write(b"PK\3\4 and no more")
         )
@@ -30,7 +30,7 @@ class Torn(AtomicCheckpointer):
 class Removed(AtomicCheckpointer):
     """What an earlier process saved is removed."""
 
-    def _write(self, path, write):
+    def _write(self, path, write, check=None):
         super()._write(path, write)
         start = os.path.join(self.save_dir, "model_start.pth")
         if "_0_" in path and os.path.exists(start):
@@ -41,7 +41,7 @@ class Untagged(AtomicCheckpointer):
     """`last_checkpoint` stays at the first."""
 
     def tag_last_checkpoint(self, last_filename_basename):
-        if not self.has_checkpoint():
+        if not os.path.exists(os.path.join(self.save_dir, "last_checkpoint")):
             super().tag_last_checkpoint(last_filename_basename)
 
 

@@ -18,9 +18,9 @@ MICRO = {"SOLVER__MICRO_BATCH_SIZE": 2}
 IMAGES = 24
 
 
-def as_dict(name):
-    """Number `name` of the toy images."""
-    return {**batch(1, seed=name)[0], "name": name}
+def as_dict(record):
+    """One of the toy images."""
+    return {**batch(1, seed=record["name"])[0], **record}
 
 
 class Trainer(ToyTrainer):
@@ -29,7 +29,7 @@ class Trainer(ToyTrainer):
     @classmethod
     def build_train_loader(cls, cfg):
         return ResumableLoader(
-            list(range(IMAGES)),
+            [{"name": i} for i in range(IMAGES)],
             as_dict,
             cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
             lambda seed: TrainingSampler(IMAGES, seed=seed),
@@ -118,7 +118,7 @@ def test_the_optimizers_options_hold(option, value, agvm, tmp_path, d2_log):
     key = {"BASE_LR": "lr"}.get(option, option.lower())
     # 48 images of 24: the next epoch's order is the loader's own.
     trainer = train(tmp_path / "straight", 9, resume=False, **agvm)
-    batches = [[as_dict(n) for n in trainer.seen[8 * i :][:8]] for i in (6, 7, 8)]
+    batches = [[as_dict({"name": n}) for n in trainer.seen[8 * i :][:8]] for i in (6, 7, 8)]
     expected = by_hand(tmp_path, batches, **{**DEFAULTS, key: value})
     resumed = train(tmp_path, 9, **agvm, **{f"SOLVER__{option}": value})
     assert resumed.seen == trainer.seen[48:]
@@ -253,7 +253,7 @@ def test_all_keys_are_listed_but_those_that_change_nothing_in_a_checkpoint(tmp_p
         MODEL__RPN__NMS_THRESH=0.6, INPUT__MIN_SIZE_TRAIN=(100,), MODEL__WEIGHTS="other.pth",
     )  # fmt: skip
     assert lines(d2_log).keys() == {
-        "SOLVER.MAX_ITER", "AGVM.INTERVAL", "AGVM.MOMENTUM", "TEST.EVAL_PERIOD",
+        "SOLVER.MAX_ITER", "AGVM.INTERVAL", "AGVM.MOMENTUM",
         "MODEL.RPN.NMS_THRESH", "INPUT.MIN_SIZE_TRAIN", "MODEL.WEIGHTS",
     }  # fmt: skip
     assert "'other.pth'. What holds: neither; the weights are those of the" in d2_log.text

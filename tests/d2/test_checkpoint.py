@@ -1,5 +1,6 @@
 import os
 import pickle
+import socket
 import numpy as np
 import pytest
 import torch
@@ -42,12 +43,16 @@ def test_a_failed_write_keeps_the_last_one(saved, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0.pth"]
 
 
+def part_of(path):
+    """Where this process writes a file before it is whole."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.part")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 @pytest.mark.parametrize("num_extra", [0, 10**6])  # less than a file's buffer, and more
 def test_a_full_disk(saved, tmp_path, num_extra):
     """/dev/full answers each write as a full disk does."""
-    part = tmp_path / "model_1.pth.part"
-    part.symlink_to("/dev/full")
+    part_of(tmp_path / "model_1.pth").symlink_to("/dev/full")
     with pytest.raises(OSError, match="model_1.pth' cannot be written .*model_0.pth. Make room"):
         saved.save("model_1", extra=torch.zeros(num_extra))
     assert whole(tmp_path)["iteration"] == 0
@@ -55,7 +60,7 @@ def test_a_full_disk(saved, tmp_path, num_extra):
 
 
 def test_a_full_disk_for_the_last_name_only(saved, tmp_path):
-    (tmp_path / "last_checkpoint.part").symlink_to(tmp_path / "no" / "such")
+    part_of(tmp_path / "last_checkpoint").symlink_to(tmp_path / "no" / "such")
     with pytest.raises(
         OSError, match="last_checkpoint' cannot be written .*model_0.pth. Make room"
     ):
