@@ -21,7 +21,8 @@ from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
 from agvm_d2.d2.samples import SampleCheck
-from agvm_d2.data.check import check, check_json
+from agvm_d2.data.check import check
+from agvm_d2.data.coco_json import check_json
 
 
 def make(folder: str, annotations: int) -> str:

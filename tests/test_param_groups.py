@@ -75,7 +75,11 @@ def test_split_takes_frozen_parameters_along():
     model = ToyDetector()
     model.backbone.fpn_lateral2.requires_grad_(False)
     optimizer = split_param_groups(torch.optim.SGD(model.parameters(), lr=0.1), model)
-    assert [len(g["params"]) for g in optimizer.param_groups] == [6, 2, 2]  # beside the backbone's
+    # In a group of their own module, in case they are unfrozen.
+    assert [len(g["params"]) for g in optimizer.param_groups] == [4, 2, 2, 2]
+    names = [["backbone"] * 4, ["fpn"] * 2, ["rpn"] * 2, ["box_head"] * 2]
+    owner = {p: m for m, ns in parameter_names(model).items() for p in map(model.get_parameter, ns)}
+    assert [[owner[p] for p in g["params"]] for g in optimizer.param_groups] == names
 
 
 def test_split_after_the_scheduler_is_an_error():

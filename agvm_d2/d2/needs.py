@@ -13,7 +13,8 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 
-from ..data.check import DatasetError, Report, check
+from ..data.check import check
+from ..data.faults import DatasetError, Report
 from ..validate import is_int
 
 logger = logging.getLogger("detectron2.agvm_d2")
@@ -134,7 +135,7 @@ def check_data(needs: Needs | None, log: bool = False) -> None:
             found = report.errors(skip) or _mismatches(needs, name, report, test)
             errors += [line for line in found if line not in errors]
             if log and comm.is_main_process():
-                for line in report.warnings(skip):
+                for line in report.warnings(skip) + _unseen(needs, name, report, test):
                     logger.warning(f"Dataset '{name}': {line}")
     if errors:
         more = len(errors) - MAX_LINES
@@ -188,6 +189,19 @@ def _mismatches(needs: Needs, name: str, report: Report, test: bool) -> list[str
     if needs.keypoints:
         errors += _keypoint_needs(needs, name, facts, test)
     return errors
+
+
+def _unseen(needs: Needs, name: str, report: Report, test: bool) -> list[str]:
+    """What a project's own evaluator, if it is a COCOEvaluator, will fail at."""
+    if needs.evaluators or not test or evaluator_type(name) != "coco":
+        return []
+    return [
+        f"{report.facts[f'without_{field}'][0]:,} annotations have no {field}, which COCO's "
+        "evaluation needs: agvm_d2.d2.needs.complete(evaluator) fills it in."
+        for field in ("area", "iscrowd")
+        if MetadataCatalog.get(name).get("json_file", None)
+        and report.facts.get(f"without_{field}", [0])[0]
+    ]
 
 
 def _without_masks(key: str) -> str:

@@ -22,8 +22,8 @@ from .output_dir import FolderLock
 
 logger = logging.getLogger("detectron2.agvm_d2")
 
-# Where a run writes or evaluates, how often, and who reads its images: not in a checkpoint, which is the same
-# bit for bit whatever they are.
+# Where a run writes, how often it does or evaluates, and who reads its images: not in a checkpoint,
+# which is the same bit for bit whatever they are.
 NEUTRAL = re.compile(
     r"OUTPUT_DIR|DATALOADER\.NUM_WORKERS|SOLVER\.CHECKPOINT_PERIOD|TEST\.EVAL_PERIOD"
     r"|train\.eval_period|train\.log_period"

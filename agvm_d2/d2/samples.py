@@ -13,7 +13,9 @@ import torch
 from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.structures import BoxMode, PolygonMasks
 
-from ..data.check import REACH, SIDE, found, image_faults, image_size, rle_pixels
+from ..data.annotations import rle_pixels
+from ..data.faults import REACH, SIDE, found
+from ..data.files import image_faults, image_size
 from ..validate import is_int
 
 

@@ -16,7 +16,7 @@ from agvm_d2.d2 import lazy
 from agvm_d2.d2.config import read_config
 from agvm_d2.d2.needs import check_data, complete, evaluator_type, of_lazy, of_yacs
 from agvm_d2.data import digits as data
-from agvm_d2.data.check import DatasetError
+from agvm_d2.data.faults import DatasetError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 DETECTION = f"{ROOT}/configs/Digits-Detection/faster_rcnn_thin_R_50_FPN_bs64_agvm.yaml"
@@ -258,8 +258,10 @@ def test_an_evaluation_without_area_or_iscrowd(lacking, tmp_path, d2_log):
         areas = {a["id"]: a["area"] for a in json.load(file)["annotations"]}
     for annotation in evaluator._evaluators[0]._coco_api.anns.values():
         w, h = annotation["bbox"][2:]
-        wanted = w * h if "segmentation" in lacking else areas[annotation["id"]]
-        assert annotation["area"] == pytest.approx(wanted, rel=0.1)
+        if "segmentation" in lacking:
+            assert annotation["area"] == pytest.approx(w * h)
+        else:  # polygons of the outline: without holes
+            assert 0.9 * areas[annotation["id"]] < annotation["area"] < w * h
 
 
 def test_as_in_the_balloon_tutorial(tmp_path):
@@ -353,3 +355,11 @@ def test_a_lazy_config(lazy_config, tmp_path):
     cfg.train.check_datasets = False
     assert of_lazy(cfg, ["digits_train"], []) is None
     look_lazily(cfg)
+
+
+def test_a_projects_own_evaluator_is_told_of(tmp_path, d2_log):
+    name = changed(tmp_path, without("area"))
+    look(DETECTION, "DATASETS.TEST", (name,), log=True)
+    assert "have no area" not in d2_log.text  # filled in
+    look(DETECTION, "DATASETS.TEST", (name,), log=True, evaluators=False)
+    assert "33 annotations have no area, which COCO's evaluation needs" in d2_log.text

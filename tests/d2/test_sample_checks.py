@@ -248,7 +248,7 @@ def test_a_bad_label_file(save, message, tmp_path):
 
 def test_codes_under_polygons_are_told_the_way_out(tmp_path):
     dicts = records(tmp_path, segmentation={"size": [HEIGHT, WIDTH], "counts": b"Yo0W2"})
-    from agvm_d2.data.check import rle_pixels
+    from agvm_d2.data.annotations import rle_pixels
 
     dicts[2]["annotations"][0]["segmentation"]["counts"] = counts = _code()
     assert rle_pixels(counts) == WIDTH * HEIGHT

@@ -14,7 +14,10 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from agvm_d2.data import check as module
-from agvm_d2.data.check import DatasetError, check, check_dicts, check_json, check_panoptic
+from agvm_d2.data.annotations import rle_pixels
+from agvm_d2.data.check import check, check_dicts
+from agvm_d2.data.coco_json import check_json, check_panoptic
+from agvm_d2.data.faults import DatasetError
 
 NAN, INF = float("nan"), float("inf")
 WIDTH, HEIGHT = 40, 30
@@ -672,13 +675,13 @@ def test_run_length_codes():
     for _ in range(50):
         mask = rng.random(rng.integers(1, 60, 2)) < rng.random()
         code = rle(mask)
-        assert module.rle_pixels(code["counts"]) == mask.size
-        assert module.rle_pixels(code["counts"].encode()) == mask.size
+        assert rle_pixels(code["counts"]) == mask.size
+        assert rle_pixels(code["counts"].encode()) == mask.size
     wide = np.zeros((3000, 4000))
     wide[2000:, 3000:] = 1
-    assert module.rle_pixels(rle(wide)["counts"]) == wide.size
+    assert rle_pixels(rle(wide)["counts"]) == wide.size
     for bad in (b"", "", b"\xff\xfe", "zzzz", None, [1, -1], ["a"], "~"):
-        assert module.rle_pixels(bad) == -1
+        assert rle_pixels(bad) == -1
 
 
 def test_the_command(digits):
