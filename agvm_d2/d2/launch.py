@@ -18,7 +18,7 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch import multiprocessing as mp
 
-from .preemption import EXIT_CODE, SignalCatcher, end_by
+from .preemption import EXIT_CODE, Preempted, SignalCatcher, end_by
 from .rendezvous import Pulse, Worker, meet, restarts, training_timeout
 
 LAST_WORDS = {EXIT_CODE: 30.0}  # s, for the other workers, by the exit code of the first to end
@@ -145,9 +145,17 @@ def launch(main: Callable, args: Namespace, worker: Worker | None) -> None:
         _watch(os.getppid())
         _work(main, args, worker)
     elif args.num_gpus * args.num_machines == 1:
-        main(args)
+        _call(main, args)
     else:
         _spawn(main, args)
+
+
+def _call(main: Callable, args: Namespace) -> None:
+    with contextlib.suppress(Preempted):
+        main(args)
+        return
+    # Out of the exception, whose traceback holds the loader: torch waits 5 s for it at the exit.
+    sys.exit(EXIT_CODE)
 
 
 def _work(main: Callable, args: Namespace, worker: Worker) -> None:
@@ -169,7 +177,7 @@ def _work(main: Callable, args: Namespace, worker: Worker) -> None:
         # A machine that only had to follow another's restart counts none.
         if max(comm.all_gather(restarts())):
             args.resume = True
-        main(args)
+        _call(main, args)
     finally:
         pulse.stop()
         dist.destroy_process_group()

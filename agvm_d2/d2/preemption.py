@@ -156,8 +156,8 @@ class PreemptionHook(HookBase):
         self._signals.signum = self._signals.signum or int(self._flag)
         return int(self._flag)
 
-    def _leave(self) -> NoReturn:
-        """Save, and wait until it is saved.
+    def _leave(self, alone: bool = False) -> NoReturn:
+        """Save, and, unless `alone`, wait until it is saved.
 
         Raises:
             Preempted: always, unless the checkpoint cannot be written.
@@ -169,8 +169,9 @@ class PreemptionHook(HookBase):
         if trainer.iter < trainer.max_iter and comm.is_main_process():
             self._checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
         try:  # nobody ends before the checkpoint is there: the launcher would stop all
-            self._post()
-            self._answer(SAVING)
+            if not alone:
+                self._post()
+                self._answer(SAVING)
         except RuntimeError:
             if not comm.is_main_process():
                 raise
@@ -213,9 +214,9 @@ class PreemptionHook(HookBase):
                 self._post()
                 self._agreed = self._answer(PATIENCE) if aborted else self._answer()
             except RuntimeError:  # a worker has gone, or the signal has not reached it
-                if not self._signals.signum:
+                if not (self._signals.signum and comm.is_main_process()):
                     raise
-                self._leave()
+                self._leave(alone=True)
             if self._agreed and self._over:
                 self._leave()
             return results  # hooks registered later still have their part of the iteration to do

@@ -13,7 +13,7 @@ from toy import ToyTrainer, toy_config
 
 from agvm_d2.d2 import preemption
 from agvm_d2.d2.loader import ResumableLoader
-from agvm_d2.d2.preemption import EXIT_CODE, SIGNALS, Preempted, SignalCatcher
+from agvm_d2.d2.preemption import EXIT_CODE, SIGNALS, Preempted, PreemptionHook, SignalCatcher
 
 NAMES = [signal.Signals(s).name for s in SIGNALS]
 
@@ -237,6 +237,25 @@ def test_a_signal_while_saving(whole, tmp_path):
     torch.load(tmp_path / "model_0000003.pth", weights_only=True)
     last, _ = train(tmp_path, resume=True, **options)
     same(last, whole)
+
+
+def test_a_worker_that_the_signal_has_not_reached_is_not_waited_for(tmp_path, monkeypatch):
+    """The others wait for a moment after the evaluation, then the main process saves and leaves."""
+    waited = []
+
+    def answer(self, *timeout):
+        waited.extend(timeout)
+        if timeout:
+            raise RuntimeError("timed out")
+        return 0
+
+    def evaluate():
+        monkeypatch.setattr(PreemptionHook, "_answer", answer)
+        send()
+
+    last, preempted = train(tmp_path, evaluate=evaluate, TEST__EVAL_PERIOD=6)
+    assert preempted and last["iteration"] == 5
+    assert waited == [preemption.PATIENCE]
 
 
 # Two workers.
