@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 import torch
 import yaml
 from detectron2.config import CfgNode, LazyConfig
@@ -142,19 +142,26 @@ class ConfigRecord(HookBase):
             self._write_config()
 
     def _check_shapes(self) -> None:
+        state: dict[str, Any]
         for param, state in self._optimizer.state.items():
             for key in ("momentum_buffer", "exp_avg"):
                 shape = getattr(state.get(key), "shape", param.shape)
                 if shape != param.shape:
+                    name = self._names.get(cast(nn.Parameter, param))
                     raise ValueError(
-                        f"'{self._names.get(param)}' of the model has the shape "
+                        f"'{name}' of the model has the shape "
                         f"{tuple(param.shape)}, but {tuple(shape)} in the checkpoint: the config "
                         "builds another model. Resume with the saved run's (its config.yaml), or "
                         "start anew from these weights, without --resume."
                     )
 
+    def release(self) -> None:
+        """The folder is free for another run."""
+        self._lock = None
+
     def _renew_schedule(self) -> None:
-        scheduler, groups = getattr(self.trainer, "scheduler", None), self._optimizer.param_groups
+        scheduler: Any = getattr(self.trainer, "scheduler", None)
+        groups = self._optimizer.param_groups
         if not hasattr(scheduler, "base_lrs"):  # a LazyConfig's is built after this
             return
         scheduler.base_lrs = [group["initial_lr"] for group in groups]
@@ -287,5 +294,6 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[st
     for key in sorted({*saved, *now}):
         values = saved.get(key, "(none)"), now.get(key, "(none)")
         drawn = key in SEED and isinstance(values[1], int) and values[1] < 0  # none asked for
-        if values[0] != values[1] and not NEUTRAL.fullmatch(key) and not drawn:
+        same = values[0] == values[1] or repr(values[0]) == repr(values[1])  # also NaN
+        if not same and not NEUTRAL.fullmatch(key) and not drawn:
             yield key, *values

@@ -10,8 +10,7 @@ from detectron2.utils.file_io import PathManager
 
 PYTHON = "tag:yaml.org,2002:python/"
 # What they make is a plain value.
-PLAIN = ("tuple", "list", "dict", "str", "unicode", "bytes", "int", "long", "float", "complex")
-PLAIN += ("bool", "none")
+PLAIN = frozenset("tuple list dict str unicode bytes int long float complex bool none".split())
 
 
 def check_yaml(
@@ -45,7 +44,7 @@ def check_yaml(
     except RecursionError:
         raise ValueError(f"{where} is not a config: it is nested too deep.") from None
     if not isinstance(root, yaml.MappingNode):
-        kind = "empty" if root is None else f"a {root.id}"
+        kind = "empty" if root is None else f"a {getattr(root, 'id', 'value')}"
         raise ValueError(f"{where} is not a config: it is {kind}, not keys and values.")
     trusted = allow_unsafe or _is_detectron2s(file)
     for node in _nodes(root):

@@ -143,7 +143,6 @@ class InnerEvil:
 
     def __reduce__(self):
         import io
-
         from torch.storage import _load_from_bytes
 
         class Evil:
