@@ -118,6 +118,13 @@ class ConfigRecord(HookBase):
         start = self.trainer.start_iter
         if comm.is_main_process() and self._output_dir:
             self._lock = FolderLock.take(self._output_dir)
+            # train_net.py has set an older run aside; a project's own script may not.
+            if not start and PathManager.exists(os.path.join(self._output_dir, "last_checkpoint")):
+                logger.warning(
+                    f"'{self._output_dir}' holds an older run, whose metrics and checkpoints will "
+                    "mix with this one's. Give this run another OUTPUT_DIR, or call "
+                    "agvm_d2.d2.output_dir.set_aside before the trainer is built."
+                )
         if not start:
             return
         if self._saved is None:

@@ -77,6 +77,16 @@ def test_training_leaves_the_folder_free(other, tmp_path):
     other()
 
 
+def test_a_projects_own_script_is_told_of_an_older_run(tmp_path, d2_log):
+    train(toy_config(tmp_path))
+    assert "holds an older run" not in d2_log.text
+    train(toy_config(tmp_path))
+    assert d2_log.text.count("holds an older run") == 1
+    set_aside(str(tmp_path))
+    train(toy_config(tmp_path))
+    assert d2_log.text.count("holds an older run") == 1
+
+
 def test_a_file_system_without_locks_is_told_once(tmp_path, monkeypatch, d2_log):
     def no_locks(*_):
         raise OSError(37, "No locks available")
