@@ -17,13 +17,14 @@ from omegaconf import DictConfig
 import agvm_d2.data  # noqa: F401  registers the bundled datasets
 from agvm_d2 import AGVMTrainer
 from agvm_d2.d2 import lazy
-from agvm_d2.d2.checkpoint import AtomicCheckpointer
+from agvm_d2.d2.checkpoint import AtomicCheckpointer, iterations_done
 from agvm_d2.d2.checks import check_config, check_datasets, check_names, check_tta
 from agvm_d2.d2.config import read_config
 from agvm_d2.d2.launch import launch, worker_from_environment
 from agvm_d2.d2.needs import check_data, of_yacs
 from agvm_d2.d2.output_dir import FolderLock, config_kept, is_free, set_aside
 from agvm_d2.d2.rendezvous import restarts
+from agvm_d2.d2.resume import check_not_done
 from agvm_d2.d2.sources import check_weights
 
 
@@ -39,12 +40,14 @@ def setup(args) -> CfgNode | DictConfig:
         lazy.check(cfg, num_workers)
         check_datasets(lazy.dataset_names(cfg, args.eval_only))
         needs = lazy.needs(cfg, args.eval_only)
-        keys = ("train.init_checkpoint", "train.output_dir", "train.device")
-        values = (cfg.train.init_checkpoint, cfg.train.output_dir, cfg.train.device)
+        keys = ("train.init_checkpoint", "train.output_dir", "train.device", "train.max_iter")
+        train = cfg.train
+        values = (train.init_checkpoint, train.output_dir, train.device, train.max_iter)
     else:
         cfg = read_config(args.config_file, args.opts, getattr(args, "allow_unsafe_yaml", False))
         cfg.freeze()
-        check_config(AGVMTrainer.auto_scale_workers(cfg, num_workers), num_workers)
+        scaled = AGVMTrainer.auto_scale_workers(cfg, num_workers)
+        check_config(scaled, num_workers)
         check_names(cfg)
         check_tta(cfg)
         sets = cfg.DATASETS
@@ -56,20 +59,19 @@ def setup(args) -> CfgNode | DictConfig:
             )
         check_datasets(sets.TEST if args.eval_only else sets.TRAIN + sets.TEST)
         needs = of_yacs(cfg, args.eval_only)
-        keys = ("MODEL.WEIGHTS", "OUTPUT_DIR", "MODEL.DEVICE")
-        values = (cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE)
+        keys = ("MODEL.WEIGHTS", "OUTPUT_DIR", "MODEL.DEVICE", "SOLVER.MAX_ITER")
+        iters = scaled.SOLVER.MAX_ITER
+        values = (cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE, iters)
     check_files(args, keys, *values)
     check_data(needs)
     return cfg
 
 
-def resumes(args, output_dir: str) -> bool:
-    """Is there a checkpoint to go on from?"""
-    return args.resume and AtomicCheckpointer(torch.nn.Module(), output_dir).has_checkpoint()
-
-
-def check_files(args, keys, weights: str, output_dir: str, device: str) -> None:
-    check_weights(keys, weights, output_dir, args.eval_only, resumes(args, output_dir))
+def check_files(args, keys, weights: str, output_dir: str, device: str, max_iter: int) -> None:
+    done = iterations_done(output_dir) if args.resume else None
+    check_weights(keys, weights, output_dir, args.eval_only, done is not None)
+    if done and not args.eval_only:
+        check_not_done(done, max_iter, keys[3])
     gpus = torch.cuda.device_count()
     if device.startswith("cuda") and args.num_gpus > gpus:
         hint = " (with Slurm, give the GPUs to the node, --gpus-per-node, not to the task)"
@@ -97,10 +99,10 @@ def open_folder(args, cfg: CfgNode | DictConfig) -> FolderLock | None:
     lock, aside = None, ""
     if comm.is_main_process() and not args.eval_only:
         lock = FolderLock.take(folder)
-        if not resumes(args, folder):
+        if not args.resume or iterations_done(folder) is None:
             aside = set_aside(folder, keep=weights)
     comm.synchronize()
-    with config_kept(folder, args.eval_only or args.resume):
+    with config_kept(folder, comm.is_main_process() and (args.eval_only or args.resume)):
         default_setup(cfg, args)
     if aside:
         logging.getLogger("detectron2.agvm_d2").warning(

@@ -124,10 +124,15 @@ class AtomicCheckpointer(DetectionCheckpointer):
             return ""
         tagged, name = self._tagged()
         named = os.path.join(self.save_dir, name)
-        wrong = (self._what_is_wrong(named) if name else "it names no file") if tagged else ""
+        wrong = (
+            (self._what_is_wrong(named) if name else "it names no file of this folder")
+            if tagged
+            else ""
+        )
         if tagged and not wrong:
             return named
-        why = f"'{named}', which last_checkpoint names: {wrong}" if name else wrong
+        why = f"'{named}', which last_checkpoint names: {wrong}" if name else ""
+        why = why or (f"last_checkpoint: {wrong}" if tagged else "there is no last_checkpoint")
         damaged, found = [], []
         for path in self._all_files():
             try:
@@ -139,14 +144,13 @@ class AtomicCheckpointer(DetectionCheckpointer):
         for _, path in sorted(found, reverse=True):
             wrong = self._what_is_wrong(path)
             if not wrong:
-                reason = why or "there is no last_checkpoint"
-                self.logger.warning(f"{reason}. Going on from the newest whole checkpoint: {path}")
+                self.logger.warning(f"{why}. Going on from the newest whole checkpoint: {path}")
                 return path
             damaged.append(f"'{path}': {wrong}")
         if damaged or tagged:
             raise ValueError(
                 f"No checkpoint in '{self.save_dir}' can be gone on from: "
-                f"{'; '.join(damaged[:3]) or why or 'last_checkpoint is empty'}. Put a whole one "
+                f"{'; '.join(damaged[:3]) or why}. Put a whole one "
                 "there, or train anew, without --resume."
             )
         return ""
@@ -217,6 +221,20 @@ class AtomicCheckpointer(DetectionCheckpointer):
         if not isinstance(data, dict):
             raise ValueError(f"The checkpoint '{f}' holds no dict of weights.")
         return data
+
+
+def iterations_done(folder: str) -> int | None:
+    """Of the checkpoint in a run's folder that `--resume` goes on from; None where there is none.
+
+    Raises:
+        ValueError: see `AtomicCheckpointer.get_checkpoint_file`.
+    """
+    checkpointer = AtomicCheckpointer(torch.nn.Module(), folder, save_to_disk=False)
+    path = checkpointer.get_checkpoint_file()
+    if not path:
+        return None
+    iteration = _iteration(checkpointer.path_manager.get_local_path(path))
+    return 0 if iteration is None else iteration + 1
 
 
 def _check_readable(path: str) -> None:

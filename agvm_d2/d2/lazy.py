@@ -273,6 +273,9 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
     check_not_done(start, train.max_iter, "train.max_iter")
     PathManager.mkdirs(train.output_dir)
-    trainer.train(start, train.max_iter)
+    try:
+        trainer.train(start, train.max_iter)
+    finally:
+        record.release()
     verify(cfg, results)
     return results

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import socket
+import time
 import weakref
 from collections.abc import Iterator
 
@@ -20,15 +21,16 @@ except ImportError:  # Windows
 logger = logging.getLogger("detectron2.agvm_d2")
 
 LOCK = ".run.lock"
+GRACE = 5.0  # s; a run that is being stopped may still be there
 # What a run leaves, and the next one in the folder would mix with its own.
-OF_A_RUN: tuple[str, ...] = (
+OF_A_RUN = (
     "metrics.json",
     "last_checkpoint",
     "model_*.pth",
     "log.txt*",
     "config.yaml*",
+    "events.out.tfevents.*",
 )
-OF_A_RUN += ("events.out.tfevents.*",)
 
 
 class FolderLock:
@@ -63,17 +65,22 @@ class FolderLock:
         if path in cls._held:  # a second descriptor's close would drop the lock
             return cls._held[path]
         lock = cls(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
-        try:
-            fcntl.lockf(lock._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # POSIX allows both
-            who = _owner(lock._descriptor)
-            raise FileExistsError(
-                f"OUTPUT_DIR: another run trains in '{folder}': {who}. Wait for its end, stop it, "
-                "or give this run a folder of its own."
-            ) from None
-        except OSError as error:
-            logger.warning(f"'{path}' cannot be locked ({error}): let no other run train there.")
-            return None
+        end = time.monotonic() + GRACE
+        while True:
+            try:
+                fcntl.lockf(lock._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):  # POSIX allows both
+                if time.monotonic() > end:
+                    raise FileExistsError(
+                        f"OUTPUT_DIR: another run trains in '{folder}': "
+                        f"{_owner(lock._descriptor)}. Wait for its end, stop it, or give this run "
+                        "a folder of its own."
+                    ) from None
+                time.sleep(0.1)
+            except OSError as error:
+                logger.warning(f"'{path}' cannot be locked ({error}): let no other run in there.")
+                return None
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
         os.ftruncate(lock._descriptor, 0)
         os.write(lock._descriptor, json.dumps(owner).encode())

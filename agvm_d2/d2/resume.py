@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 import torch
 import yaml
 from detectron2.config import CfgNode, LazyConfig
@@ -119,6 +119,13 @@ class ConfigRecord(HookBase):
         start = self.trainer.start_iter
         if comm.is_main_process() and self._output_dir:
             self._lock = FolderLock.take(self._output_dir)
+            # train_net.py has set an older run aside; a project's own script may not.
+            if not start and PathManager.exists(os.path.join(self._output_dir, "last_checkpoint")):
+                logger.warning(
+                    f"'{self._output_dir}' holds an older run, whose metrics and checkpoints will "
+                    "mix with this one's. Give this run another OUTPUT_DIR, or call "
+                    "agvm_d2.d2.output_dir.set_aside before the trainer is built."
+                )
         if not start:
             return
         if self._saved is None:
@@ -143,16 +150,22 @@ class ConfigRecord(HookBase):
             self._write_config()
 
     def _check_shapes(self) -> None:
+        state: dict[str, Any]
         for param, state in self._optimizer.state.items():
             for key in ("momentum_buffer", "exp_avg"):
                 shape = getattr(state.get(key), "shape", param.shape)
                 if shape != param.shape:
+                    name = self._names.get(cast(nn.Parameter, param))
                     raise ValueError(
-                        f"'{self._names.get(param)}' of the model has the shape "
+                        f"'{name}' of the model has the shape "
                         f"{tuple(param.shape)}, but {tuple(shape)} in the checkpoint: the config "
                         "builds another model. Resume with the saved run's (its config.yaml), or "
                         "start anew from these weights, without --resume."
                     )
+
+    def release(self) -> None:
+        """The folder is free for another run."""
+        self._lock = None
 
     def _renew_schedule(self) -> None:
         scheduler: Any = getattr(self.trainer, "scheduler", None)
@@ -289,5 +302,6 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[st
     for key in sorted({*saved, *now}):
         values = saved.get(key, "(none)"), now.get(key, "(none)")
         drawn = key in SEED and isinstance(values[1], int) and values[1] < 0  # none asked for
-        if values[0] != values[1] and not NEUTRAL.fullmatch(key) and not drawn:
+        same = values[0] == values[1] or repr(values[0]) == repr(values[1])  # also NaN
+        if not same and not NEUTRAL.fullmatch(key) and not drawn:
             yield key, *values

@@ -5,6 +5,7 @@ import functools
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from urllib.parse import urlparse
 from detectron2.checkpoint.catalog import ModelCatalog
 from detectron2.utils import comm
@@ -14,12 +15,12 @@ DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"
 
 
 def check_weights(
-    keys: tuple[str, str], weights: str, output_dir: str, eval_only: bool, resumes: bool
+    keys: Sequence[str], weights: str, output_dir: str, eval_only: bool, resumes: bool
 ) -> None:
     """Are the weights there that a run starts from?
 
     Args:
-        keys: what messages call `weights` and `output_dir`.
+        keys: what messages call `weights` and `output_dir`, first of all.
         resumes: there is a checkpoint to go on from, and `weights` is not read.
 
     Raises:

@@ -32,7 +32,7 @@ from detectron2.utils import comm
 from ..solver import build_lr_scheduler, unsplit_optimizer
 from .agreement import AgreementHook, check_agreement, code, flat
 from .checkpoint import AtomicCheckpointer
-from .checks import check_config
+from .checks import check_config, check_tta
 from .hook import AGVMHook
 from .loader import build_train_loader
 from .micro_batches import micro_batches
@@ -91,6 +91,7 @@ class AGVMTrainerMixin(_Trainer):
 
     _trainer: SimpleTrainer
     checkpointer: DetectionCheckpointer
+    _record: ConfigRecord | None = None
 
     def __init__(self, cfg: CfgNode):
         """
@@ -186,7 +187,9 @@ class AGVMTrainerMixin(_Trainer):
             )
         built = super().build_hooks()
         seeder = run_options(self.cfg).iteration_seeder(self._trainer.data_loader)
-        record = ConfigRecord(self.cfg, self.optimizer, self.model, self.cfg.OUTPUT_DIR)
+        folder = self.cfg.OUTPUT_DIR
+        record = ConfigRecord(self.cfg, self.optimizer, self.model, folder)
+        self._record = record
         built[:0] = [record, seeder]
         if self.cfg.AGVM.ENABLED:
             # By type, not by index: rank 0 has more hooks than the other workers.
@@ -204,6 +207,13 @@ class AGVMTrainerMixin(_Trainer):
             if isinstance(built_hook, hooks.EvalHook) and hasattr(built_hook, "_func"):
                 built_hook._func = preemption.abortable(built_hook._func)
         return [preemption, AgreementHook(self.model), *built]
+
+    def train(self) -> Any:
+        try:
+            return super().train()
+        finally:
+            if self._record:
+                self._record.release()
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
@@ -226,6 +236,7 @@ class AGVMTrainer(AGVMTrainerMixin, DefaultTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         built = super().build_hooks()
         if self.cfg.TEST.AUG.ENABLED:
+            check_tta(self.cfg)
             # Before the writer, which then has the results, too.
             places = [i for i, h in enumerate(built) if isinstance(h, hooks.PeriodicWriter)]
             hook = hooks.EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model))

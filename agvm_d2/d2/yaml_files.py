@@ -10,19 +10,7 @@ from detectron2.utils.file_io import PathManager
 
 PYTHON = "tag:yaml.org,2002:python/"
 # What they make is a plain value.
-PLAIN: tuple[str, ...] = (
-    "tuple",
-    "list",
-    "dict",
-    "str",
-    "unicode",
-    "bytes",
-    "int",
-    "long",
-    "float",
-    "complex",
-)
-PLAIN += ("bool", "none")
+PLAIN = frozenset("tuple list dict str unicode bytes int long float complex bool none".split())
 
 
 def check_yaml(
