@@ -21,7 +21,7 @@ from torch import multiprocessing as mp
 from .preemption import EXIT_CODE, Preempted, SignalCatcher, end_by
 from .rendezvous import Pulse, Worker, meet, restarts, training_timeout
 
-LAST_WORDS = {EXIT_CODE: 30.0}  # s, for the other workers, by the exit code of the first to end
+LAST_WORDS = {EXIT_CODE: 120.0}  # s, for the other workers, by the exit code of the first to end
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 ORPHAN = 120.0  # s, for a checkpoint when the launcher has been killed
 
@@ -265,7 +265,9 @@ def _spawn(main: Callable, args: Namespace) -> None:
     except mp.ProcessRaisedException as error:
         sys.exit(f"{error}\n{_ended(f'worker {error.error_index} failed, see above')}")
     except mp.ProcessExitedException as error:
-        if error.exit_code == EXIT_CODE:
+        # The main process writes the checkpoint; on other machines there is none to ask.
+        main_code = EXIT_CODE if args.machine_rank else context.processes[0].exitcode
+        if error.exit_code == main_code == EXIT_CODE:
             _tell("Ended by a signal; --resume goes on from the checkpoint.")
             sys.exit(EXIT_CODE)
         how = error.signal_name or f"exit code {error.exit_code}"

@@ -31,7 +31,9 @@ SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name)
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again". 128 + n says that nothing was saved.
 # A terminal, Slurm and a launcher each pass a signal on, so one signal comes two or three times.
 AGAIN = 2.0  # s
-PATIENCE = timedelta(seconds=10)  # for a worker that no signal has reached, after an evaluation
+# After an aborted evaluation, for one that no signal has reached, or that waits for this one in a
+# gathering of results, which only its end breaks off.
+PATIENCE = timedelta(seconds=5)
 SAVING = timedelta(minutes=10)  # for the checkpoint that the main process writes
 
 
@@ -175,10 +177,11 @@ class PreemptionHook(HookBase):
         except RuntimeError:
             if not comm.is_main_process():
                 raise
-        logger.warning(
-            f"{name}: the checkpoint is written. The exit code is {EXIT_CODE}; the same command "
-            "with --resume goes on from here."
-        )
+        if comm.is_main_process():
+            logger.warning(
+                f"{name}: the checkpoint is written. The exit code is {EXIT_CODE}; the same "
+                "command with --resume goes on from here."
+            )
         raise Preempted
 
     def abortable(self, evaluate: Callable[[], Any]) -> Callable[[], Any]:
@@ -213,8 +216,8 @@ class PreemptionHook(HookBase):
             try:
                 self._post()
                 self._agreed = self._answer(PATIENCE) if aborted else self._answer()
-            except RuntimeError:  # a worker has gone, or the signal has not reached it
-                if not (self._signals.signum and comm.is_main_process()):
+            except RuntimeError:  # another worker has gone, or does not come
+                if not self._signals.signum:
                     raise
                 self._leave(alone=True)
             if self._agreed and self._over:

@@ -155,32 +155,37 @@ class Pulse:
         self._heard = {rank: (b"", time.monotonic()) for rank in watched}
         self._named: set[int] = set()
         if not worker.dist_url.startswith("file:"):  # that store counts who opens it
-            threading.Thread(target=self._run, daemon=True).start()
+            # Two: a stopped rank 0 can hold up the one that talks to its store.
+            for target in (self._beat, self._watch)[: 2 if self._heard else 1]:
+                threading.Thread(target=target, daemon=True).start()
 
     def stop(self) -> None:
         self._stop.set()
 
-    def _run(self) -> None:
+    def _beat(self) -> None:
         allowed = timedelta(seconds=self._period * self.MISSED)
         store = None
         for beat in itertools.count():
             try:
                 store = store or _connect(self._worker, allowed, serve=False)
                 store.set(f"beat {self._worker.rank}", str(beat))
-                for rank, (before, _) in self._heard.items():
-                    now = store.get(f"beat {rank}")
-                    if now != before:
-                        self._heard[rank] = now, time.monotonic()
+                for rank in self._heard:
+                    value = store.get(f"beat {rank}")
+                    if value != self._heard[rank][0]:
+                        self._heard[rank] = value, time.monotonic()
             except (RuntimeError, OSError):  # rank 0 serves the store
                 store = None
-            self._name_the_silent()
             if self._stop.wait(self._period):
                 return
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._period):
+            self._name_the_silent()
 
     def _name_the_silent(self) -> None:
         for rank, (_, when) in self._heard.items():
             silent = time.monotonic() - when
-            if silent < self._period * self.MISSED or self._stop.is_set():
+            if silent < self._period * self.MISSED:
                 self._named.discard(rank)
             elif rank not in self._named:
                 self._named.add(rank)
