@@ -19,6 +19,32 @@ def test_toy_modules_are_those_written_by_hand():
     assert names_of(model, assign_modules(model)) == parameter_names(model)
 
 
+def test_default_modules_by_name():
+    model = nn.Module()
+    wanted = {
+        "backbone": ["backbone.bottom_up.stem", "backbone.net.blocks", "roi_heads.res5.conv"],
+        "fpn": ["backbone.fpn_output2", "backbone.top_block.p6", "backbone.simfp_2.conv"],
+        "rpn": ["proposal_generator.rpn_head"],
+        "mask_head": ["roi_heads.mask_head", "roi_heads.mask_pooler"],
+        "keypoint_head": ["roi_heads.keypoint_head"],
+        "box_head": ["roi_heads.box_head", "roi_heads.box_predictor"],
+        "sem_seg_head": ["sem_seg_head.predictor"],
+        "head": ["head.cls_score"],
+        "rest": ["criterion.backbone"],  # matched at the start only
+    }
+    for path in (path for paths in wanted.values() for path in paths):
+        *parents, name = path.split(".")
+        place = model
+        for parent in parents:
+            if not hasattr(place, parent):
+                place.add_module(parent, nn.Module())
+            place = getattr(place, parent)
+        place.add_module(name, nn.Linear(1, 1, bias=False))
+    assert names_of(model, assign_modules(model)) == {
+        module: [f"{path}.weight" for path in paths] for module, paths in wanted.items()
+    }
+
+
 @pytest.mark.parametrize(
     "config, expected",
     [
@@ -71,11 +97,13 @@ def test_what_no_default_pattern_knows_is_rest():
 def test_children_of_an_unknown_architecture():
     model = nn.Module()
     model.encoder, model.decoder = nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1))
+    model.encoder2 = nn.Linear(1, 1, bias=False)
     model.scale = nn.Parameter(torch.ones(1))
     names = names_of(model, assign_modules(model))
     assert names == {
         "encoder": ["encoder.weight", "encoder.bias"],
         "decoder": ["decoder.0.weight", "decoder.0.bias"],
+        "encoder2": ["encoder2.weight"],
         "rest": ["scale"],
     }
 
@@ -106,7 +134,7 @@ def test_a_parameter_in_no_module_is_named():
         assign_modules(ToyDetector(), (("backbone", r"backbone\."), ("box", r"roi_heads\.")))
 
 
-@pytest.mark.parametrize("regex", ["bakbone", r"backbone\.bottom_up"])
+@pytest.mark.parametrize("regex", ["bakbone", r"backbone\.bottom_up", "heads"])
 def test_a_pattern_that_matches_nothing_is_named(regex):
     patterns = (("backbone", "backbone"), ("typo", regex), ("rest", ""))
     with pytest.raises(ValueError, match='AGVM.MODULES: the pair ."typo", ".*matches no trainable'):

@@ -99,6 +99,23 @@ def test_a_module_without_a_gradient_has_zero_moments():
     assert (moments.unit_sq[:3] > 0).all()
 
 
+def test_a_module_that_only_some_passes_reach():
+    """What an earlier pass left is not counted again."""
+    model = ToyDetector()
+    tap = ParameterTap(assign_modules(model))
+    tap.start()
+    (loss(model, batch(2)) / 2).backward()
+    tap.unit_done(0.5)
+    (model(batch(2, seed=1))["loss_rpn"] / 2).backward()
+    tap.unit_done(0.5)
+    tap.average_done()
+    moments = tap.collect()
+    vector = vectors(ToyDetector(), [batch(2)])["box_head"][0]
+    s1, s2 = reference.moments([vector, torch.zeros_like(vector)])
+    assert float(moments.unit_sq[3]) == pytest.approx(s1, rel=1e-5)
+    assert float(moments.mean_sq[3]) == pytest.approx(s2, rel=1e-5)
+
+
 def test_collect_without_the_average_says_what_to_call():
     model = ToyDetector()
     tap = TensorTap(assign_modules(model))
@@ -128,6 +145,15 @@ def test_adam_moments_are_of_the_preconditioned_gradients(kind):
     }
     tap = TensorTap(assign_modules(model), preconditioner(optimizer))
     assert_equal(micro_batches(model, tap, units, [0.5, 0.5]), wanted)
+
+
+def test_adam_without_a_state_yet_measures_nothing():
+    model = ToyDetector()
+    optimizer = torch.optim.AdamW(model.parameters())
+    tap = ParameterTap(assign_modules(model), adam_precondition(optimizer))
+    moments = micro_batches(model, tap, [batch(2), batch(2, seed=1)], [0.5, 0.5])
+    assert moments.unit_sq.tolist() == moments.mean_sq.tolist() == [0.0] * 4
+    assert moments.variance.isnan().all()
 
 
 # Workers
@@ -206,6 +232,8 @@ def test_half_precision_compression_composes(workers, tap_class):
     assert [float(v) for v in results[0].mean_sq] == pytest.approx(
         [s2 for _, s2 in wanted.values()], rel=2e-3
     )
+    exact = torch.tensor([s2 for _, s2 in wanted.values()], dtype=torch.float64)
+    assert ((results[0].mean_sq / exact - 1).abs() > 1e-6).any()  # and it was
 
 
 def _adam(units, scaled):

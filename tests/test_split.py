@@ -49,17 +49,17 @@ def test_split_over_workers_asks_for_ddp():
 
 
 def test_moments_of_two_halves_by_hand():
-    # a = (2, 0), b = (0, 2), 3 and 1 of four units: the mean is (1.5, 0.5), and cos = 0.
-    moments = split_moments(torch.tensor([[4.0], [4.0], [2.5]], dtype=torch.float64), 0.75)
+    # a = (2, 0), b = (0, 1), 3 and 1 of four units: the mean is (1.5, 0.25), and cos = 0.
+    moments = split_moments(torch.tensor([[4.0], [1.0], [2.3125]], dtype=torch.float64), 0.75)
     assert moments.num_units == 2 and moments.variance.tolist() == pytest.approx([1.0])
-    assert (moments.unit_sq.item(), moments.mean_sq.item()) == (4.0, 2.5)
+    assert (moments.unit_sq.item(), moments.mean_sq.item()) == (3.25, 2.3125)
 
 
 def micro_batches(sizes):
     """One measured iteration of a plain loop; AGVM and each module's gradients of the passes."""
     model, data, total = ToyDetector(), batch(sum(sizes)), sum(sizes)
     optimizer = split_param_groups(torch.optim.SGD(model.parameters(), lr=0.1), model)
-    settings = Settings(estimator="split", start_iter=0)
+    settings = Settings(estimator="split", momentum=0.0)
     agvm = AGVM(model, optimizer, settings, micro_batches=len(sizes))
     units = [data[sum(sizes[:i]) :][:size] for i, size in enumerate(sizes)]
     found = vectors(model, units)
@@ -83,6 +83,11 @@ def test_the_first_micro_batches_against_the_others(sizes):
         a, b = sum(weighted[:cut]), sum(weighted[cut:])
         wanted = reference.split_variance([a], [b])
         assert float(agvm.modulator.variance[i]) == pytest.approx(wanted, abs=1e-5)
+        share = sum(sizes[:cut]) / sum(sizes)
+        halves = [a / sum(sizes[:cut]), b / sum(sizes[cut:])]
+        s1, s2 = reference.moments(halves, [share, 1 - share])
+        assert float(agvm.modulator.unit_sq[i]) == pytest.approx(s1, rel=1e-5)
+        assert float(agvm.modulator.mean_sq[i]) == pytest.approx(s2, rel=1e-5)
 
 
 @pytest.mark.parametrize("passes", [0, 1])

@@ -7,7 +7,7 @@ from toy import ToyDetector, batch, loss
 from toy_d2 import toy_config
 
 from agvm_d2 import build_optimizer
-from agvm_d2.solver import clip_gradients
+from agvm_d2.solver import clip_gradients, skip_nonfinite_steps
 
 # Clipping
 
@@ -30,9 +30,10 @@ def clipped_gradients(cfg, model, iteration=0):
     return [p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize("kind", ["value", "norm"])
-def test_clip_types_of_detectron2_are_detectron2_s(tmp_path, kind):
-    cfg, a, b = clip_config(tmp_path, kind), ToyDetector(), ToyDetector()
+@pytest.mark.parametrize("kind, norm", [("value", 2.0), ("norm", 2.0), ("norm", math.inf)])
+def test_clip_types_of_detectron2_are_detectron2_s(tmp_path, kind, norm):
+    cfg = clip_config(tmp_path, kind, SOLVER__CLIP_GRADIENTS__NORM_TYPE=norm)
+    a, b = ToyDetector(), ToyDetector()
     ours = clipped_gradients(cfg, a)
     theirs = d2_build_optimizer(cfg, b)
     loss(b, batch(4, scale=10.0)).backward()
@@ -40,10 +41,11 @@ def test_clip_types_of_detectron2_are_detectron2_s(tmp_path, kind):
     assert all(torch.equal(g, p.grad) for g, p in zip(ours, b.parameters(), strict=True))
 
 
-def test_full_model_clips_the_norm_over_all_parameters(tmp_path):
-    gradients = clipped_gradients(clip_config(tmp_path, "full_model"), ToyDetector())
-    norm = torch.cat([g.flatten() for g in gradients]).norm()
-    assert norm == pytest.approx(0.1, rel=1e-4)
+@pytest.mark.parametrize("norm", [1.0, 2.0, math.inf])
+def test_full_model_clips_the_norm_over_all_parameters(tmp_path, norm):
+    cfg = clip_config(tmp_path, "full_model", SOLVER__CLIP_GRADIENTS__NORM_TYPE=norm)
+    gradients = torch.cat([g.flatten() for g in clipped_gradients(cfg, ToyDetector())])
+    assert torch.linalg.vector_norm(gradients, norm) == pytest.approx(0.1, rel=1e-4)
 
 
 def test_an_unknown_clip_type_is_named():
@@ -79,3 +81,33 @@ def test_skipping_comes_before_clipping_by_value(tmp_path):
     with EventStorage(0):
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def test_a_skipped_step_leaves_weights_momentum_and_statistics(d2_log):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    skip_nonfinite_steps(optimizer, model)
+    skip_nonfinite_steps(optimizer, model)  # as a project's own and this package's build may both
+    assert len(optimizer._optimizer_step_pre_hooks) == 1
+
+    def step(iteration, bad=None):
+        optimizer.zero_grad()
+        model(torch.randn(4, 2)).square().sum().backward()
+        if bad is not None:
+            model[1].bias.grad[1] = bad  # the last of all
+        with EventStorage(iteration):
+            optimizer.step()
+        state = [*model.state_dict().values()]
+        state += [s["momentum_buffer"] for s in optimizer.state.values()]
+        return [value.clone() for value in state]
+
+    def same(one, other):
+        return [torch.equal(a, b) for a, b in zip(one, other, strict=True)]
+
+    step(0)
+    good = step(1)
+    assert all(same(good, step(2, math.nan))) and all(same(good, step(3, math.inf)))
+    assert not any(same(good, step(4)))
+    said = [r.getMessage() for r in d2_log.records]
+    assert [s.split(":")[0] for s in said] == ["Iteration 2", "Iteration 3"]
+    assert "(1 so far)" in said[0] and "(2 so far)" in said[1]

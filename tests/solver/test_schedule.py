@@ -1,11 +1,13 @@
+import math
 import pytest
 import torch
 from detectron2.solver import build_lr_scheduler as d2_build_lr_scheduler
+from fvcore.common.param_scheduler import ConstantParamScheduler
 from torch import nn
 from toy import ToyDetector
 from toy_d2 import toy_config
 
-from agvm_d2.solver import build_lr_scheduler, scaled_lr
+from agvm_d2.solver import build_lr_scheduler, exp_warmup, scaled_lr
 
 # Learning rate for a batch
 
@@ -60,6 +62,35 @@ def test_exponential_warm_up_by_hand(tmp_path):
     assert found[10:50] == [2.0] * 40
     assert found[50:80] == pytest.approx([0.2] * 30)
     assert found[80:] == pytest.approx([0.02] * 20)
+
+
+def test_exponential_warm_up_ends_where_the_schedule_is_by_then(tmp_path):
+    options = {**SCHEDULE, "SOLVER__LR_SCHEDULER_NAME": "WarmupCosineLR"}
+    found = lrs(toy_config(tmp_path, SOLVER__WARMUP_METHOD="exp", **options), build_lr_scheduler)
+    end = 0.5 + 0.5 * math.cos(math.pi * 0.1)  # a tenth of the cosine is over
+    for i in range(10):
+        assert found[i] == pytest.approx(2.0 * 0.001 * (end / 0.001) ** (i / 10))
+    assert found[10] == pytest.approx(2.0 * end)
+
+
+def test_warm_up_is_from_the_schedules_own_start():
+    warm = exp_warmup(ConstantParamScheduler(2.0), 0.25, 0.5)
+    assert [warm(x) for x in (0.0, 0.25, 0.5, 0.9)] == pytest.approx([0.5, 1.0, 2.0, 2.0])
+    schedule = ConstantParamScheduler(2.0)
+    assert exp_warmup(schedule, 0.25, 0.0) is schedule
+
+
+def test_exponential_warm_up_longer_than_training(tmp_path):
+    cfg = toy_config(tmp_path, SOLVER__WARMUP_METHOD="exp", **SCHEDULE)
+    cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.STEPS = 200, ()
+    assert lrs(cfg, build_lr_scheduler)[50] == pytest.approx(2.0 * 0.001**0.5)
+
+
+def test_steps_after_the_end_are_named_and_left_out(tmp_path, d2_log):
+    cfg = toy_config(tmp_path, SOLVER__WARMUP_METHOD="exp", **SCHEDULE)
+    cfg.SOLVER.STEPS = (50, 200)
+    assert lrs(cfg, build_lr_scheduler)[-1] == pytest.approx(0.2)
+    assert "larger than SOLVER.MAX_ITER" in d2_log.text
 
 
 @pytest.mark.parametrize(
