@@ -102,7 +102,7 @@ def test_a_module_without_a_gradient_has_zero_moments():
 def test_a_module_that_only_some_passes_reach():
     """What an earlier pass left is not counted again."""
     model = ToyDetector()
-    tap = ParameterTap(assign_modules(model))
+    tap = TensorTap(assign_modules(model))
     tap.start()
     (loss(model, batch(2)) / 2).backward()
     tap.unit_done(0.5)
@@ -150,7 +150,7 @@ def test_adam_moments_are_of_the_preconditioned_gradients(kind):
 def test_adam_without_a_state_yet_measures_nothing():
     model = ToyDetector()
     optimizer = torch.optim.AdamW(model.parameters())
-    tap = ParameterTap(assign_modules(model), adam_precondition(optimizer))
+    tap = TensorTap(assign_modules(model), preconditioner(optimizer))
     moments = micro_batches(model, tap, [batch(2), batch(2, seed=1)], [0.5, 0.5])
     assert moments.unit_sq.tolist() == moments.mean_sq.tolist() == [0.0] * 4
     assert moments.variance.isnan().all()
