@@ -86,8 +86,8 @@ def test_the_first_micro_batches_against_the_others(sizes):
         share = sum(sizes[:cut]) / sum(sizes)
         halves = [a / sum(sizes[:cut]), b / sum(sizes[cut:])]
         s1, s2 = reference.moments(halves, [share, 1 - share])
-        assert float(agvm.modulator.unit_sq[i]) == pytest.approx(s1, rel=1e-5)
-        assert float(agvm.modulator.mean_sq[i]) == pytest.approx(s2, rel=1e-5)
+        assert float(agvm.modulator.last.unit_sq[i]) == pytest.approx(s1, rel=1e-5)
+        assert float(agvm.modulator.last.mean_sq[i]) == pytest.approx(s2, rel=1e-5)
 
 
 @pytest.mark.parametrize("passes", [0, 1])
