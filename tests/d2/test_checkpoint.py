@@ -31,10 +31,11 @@ def test_save_and_load(saved, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0.pth"]
 
 
-def test_a_failed_write_keeps_the_last_one(saved, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])  # the second is some versions of torch's
+def test_a_failed_write_keeps_the_last_one(saved, tmp_path, monkeypatch, kind):
     def full(data, f):
         f.write(b"half")
-        raise OSError(28, "No space left on device")
+        raise kind(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="model_1.pth' cannot be written .*No space.*model_0.pth"):
@@ -86,22 +87,31 @@ def test_statistics_with_nan_are_not_saved_but_masks_are(tmp_path):
         checkpointer.save("bad")
 
 
+def test_who_does_not_save_to_disk_writes_nothing(tmp_path):
+    AtomicCheckpointer(ToyDetector(), str(tmp_path), save_to_disk=False).save("model_0")
+    assert not os.listdir(tmp_path)
+
+
 class Evil:
+    def __init__(self, call):
+        self.call = call
+
     def __reduce__(self):
-        return os.mkdir, ("evil",)
+        return self.call, ("evil", ()) if self.call is np.save else ("evil",)
 
 
+@pytest.mark.parametrize("call", [os.mkdir, np.save])  # numpy's functions, too
 @pytest.mark.parametrize("suffix", ["pth", "pkl"])
-def test_nothing_that_could_run_code_is_loaded(tmp_path, suffix, monkeypatch):
+def test_nothing_that_could_run_code_is_loaded(tmp_path, suffix, call, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / f"evil.{suffix}"
+    path = tmp_path / f"file.{suffix}"
     if suffix == "pth":
-        torch.save({"model": {}, "evil": Evil()}, path)
+        torch.save({"model": {}, "evil": Evil(call)}, path)
     else:
-        path.write_bytes(pickle.dumps({"model": {}, "__author__": "x", "evil": Evil()}))
-    with pytest.raises((ValueError, pickle.UnpicklingError), match="mkdir|tensors and plain"):
+        path.write_bytes(pickle.dumps({"model": {}, "__author__": "x", "evil": Evil(call)}))
+    with pytest.raises((ValueError, pickle.UnpicklingError), match="wants to call|tensors and pl"):
         AtomicCheckpointer(ToyDetector()).load(str(path))
-    assert not (tmp_path / "evil").exists()
+    assert os.listdir(tmp_path) == [path.name]
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
@@ -113,6 +123,14 @@ def test_the_model_zoos_pickles_are_loaded(tmp_path, protocol):
     AtomicCheckpointer(model).load(str(tmp_path / "m.pkl"))
     for key, value in model.state_dict().items():
         assert torch.equal(value, torch.from_numpy(arrays[key]))
+
+
+def test_caffe2s_pickles_are_without_their_momentum(tmp_path):
+    blobs = {"conv1_w": np.ones(2), "conv1_w_momentum": np.ones(2), "lr": 0.1}
+    for data in ({"blobs": blobs}, blobs):
+        (tmp_path / "m.pkl").write_bytes(pickle.dumps(data, protocol=2))
+        found = AtomicCheckpointer(ToyDetector())._load_file(str(tmp_path / "m.pkl"))
+        assert set(found["model"]) == {"conv1_w", "lr"} and found["matching_heuristics"]
 
 
 def test_a_torn_file_is_named(tmp_path):

@@ -1,10 +1,12 @@
 import itertools
+import random
+import numpy as np
 import pytest
 import torch
 from detectron2.data.samplers import TrainingSampler
 from toy_d2 import toy_config
 
-from agvm_d2.d2.loader import BadImageError, ResumableLoader, build_train_loader
+from agvm_d2.d2.loader import BadImageError, ResumableLoader, build_train_loader, seed_everything
 
 
 def dicts(num=10):
@@ -15,16 +17,16 @@ def dicts(num=10):
 
 
 def mapper(record):
-    record["drawn"] = float(torch.rand(()))
+    record["drawn"] = (float(torch.rand(())), np.random.rand(), random.random())
     return record
 
 
-def make(num_workers=0, grouping=True, batch=3, mapper=mapper, **options):
+def make(num_workers=0, grouping=True, batch=3, mapper=mapper, num=10, **options):
     return ResumableLoader(
-        dicts(),
+        dicts(num),
         mapper,
         batch,
-        lambda seed: TrainingSampler(10, seed=seed),
+        lambda seed: TrainingSampler(num, seed=seed),
         num_workers,
         grouping,
         seed=5,
@@ -60,11 +62,25 @@ def test_grouping_keeps_wide_images_together_and_an_epoch_whole():
 
 
 def test_the_trainers_random_numbers_are_left_alone():
-    torch.manual_seed(3)
-    wanted = torch.rand(4)
-    torch.manual_seed(3)
+    seed_everything(3)
+    wanted = mapper({})
+    seed_everything(3)
     first(make(), 3)
-    assert torch.equal(torch.rand(4), wanted)
+    first(make(1), 3)
+    assert mapper({}) == wanted
+
+
+def drawn(loader):
+    return {x for batch in first(loader, 5) for _, numbers in batch for x in numbers}
+
+
+def test_each_worker_and_each_seed_draws_numbers_of_its_own(monkeypatch):
+    one = drawn(make())
+    other = make()
+    other.seek(0, 6)
+    assert not one & drawn(other)
+    monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda: 1)
+    assert not one & drawn(make())
 
 
 def test_a_mapper_may_change_its_record():
@@ -114,6 +130,8 @@ def test_nothing_but_bad_images_is_an_error():
         match="None of 5 images in a row can be read; the last: '.*ValueError: empty",
     ):
         first(make(mapper=bad, on_bad_image="skip"), 1)
+    with pytest.raises(BadImageError, match="None of 101 images in a row"):  # not a million
+        first(make(mapper=bad, on_bad_image="skip", num=500), 1)
 
 
 def test_records_without_a_size(tmp_path):

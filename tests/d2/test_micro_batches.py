@@ -1,13 +1,17 @@
 import copy
 import pytest
 import torch
-from detectron2.engine import DefaultTrainer, SimpleTrainer, hooks
+import torch.distributed as dist
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, hooks
 from detectron2.utils.events import EventStorage
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
 from toy import ToyDetector, batch, factors
 from toy_d2 import ToyLoader, ToyTrainer, toy_config, train, weights
 
 from agvm_d2 import AGVMHook, AGVMTrainerMixin, split_param_groups
-from agvm_d2.d2.micro_batches import MicroBatchTrainer, micro_batches, split_batch
+from agvm_d2.d2.micro_batches import MicroBatchTrainer, in_micro_batches, micro_batches, split_batch
+from agvm_d2.solver import skip_nonfinite_steps
 
 MICRO = {"SOLVER__MICRO_BATCH_SIZE": 2}
 
@@ -96,7 +100,11 @@ def test_micro_batches_with_autocast_and_a_grad_scaler(scaled):
     wanted = factors(other, [data[i : i + 2] for i in range(0, 8, 2)], loss_of=loss_of)
     assert hook.modulator.factors.tolist() == pytest.approx(list(wanted.values()), rel=1e-3)
     if scaled:
-        assert trainer.state_dict()["grad_scaler"]["scale"] == 1024.0
+        saved = trainer.state_dict()
+        assert saved["grad_scaler"]["scale"] == 1024.0
+        scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0})
+        trainer.load_state_dict(saved)
+        assert scaler.get_scale() == 1024.0
 
 
 @cpu_scaler
@@ -111,7 +119,63 @@ def test_a_step_skipped_for_inf_leaves_factors_alone():
     before = copy.deepcopy(model.state_dict())
     trainer.train(0, 1)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert scaler.get_scale() == pytest.approx(0.5e38)  # less the next time
     assert hook.modulator.factors.tolist() == [1.0] * 4
+
+
+@cpu_scaler
+def test_an_amp_trainer_keeps_its_precision_and_scaler():
+    model = ToyDetector()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    amp = AMPTrainer(model, ToyLoader(8), optimizer, grad_scaler=scaler)
+    amp.precision, amp.gather_metric_period = torch.bfloat16, 7
+    made = in_micro_batches(amp, 4)
+    assert (made.model, made.optimizer, made.grad_scaler) == (model, optimizer, scaler)
+    assert (made.precision, made.gather_metric_period) == (torch.bfloat16, 7)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_models_own_stop_at_nan_holds_unless_it_is_to_be_skipped(skip):
+    """Detectron2's RPN raises."""
+
+    class Stops(ToyDetector):
+        def forward(self, data):
+            raise FloatingPointError("Predicted boxes or scores contain Inf/NaN")
+
+    model = Stops()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    skip_nonfinite_steps(optimizer, model)
+    trainer = MicroBatchTrainer(model, ToyLoader(8), optimizer, 4, skip_nonfinite=skip)
+    before = copy.deepcopy(model.state_dict())
+    with EventStorage(0):
+        if skip:
+            trainer.run_step()
+        else:
+            with pytest.raises(FloatingPointError, match="contain Inf/NaN"):
+                trainer.run_step()
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def _count_reductions(micro_batch_size):
+    """In a worker: buckets reduced in each of three steps."""
+    calls = []
+
+    def hook(group, bucket):
+        calls.append(bucket.index())
+        return default_hooks.allreduce_hook(group, bucket)
+
+    ddp = DistributedDataParallel(ToyDetector())
+    ddp.register_comm_hook(ddp.process_group, hook)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    loader = ToyLoader(8, dist.get_rank(), 2)
+    MicroBatchTrainer(ddp, loader, optimizer, micro_batch_size).train(0, 3)
+    return calls
+
+
+@pytest.mark.parametrize("micro_batch_size", [4, 1])
+def test_workers_communicate_in_the_last_pass_only(workers, micro_batch_size):
+    assert workers(2).run(_count_reductions, micro_batch_size) == [[0] * 3] * 2
 
 
 def test_a_projects_own_inner_trainer_cannot_be_cut(tmp_path):
