@@ -59,3 +59,20 @@ def read(path) -> list[dict]:
 def agvm_state(checkpoint) -> dict:
     """AGVM's state in a checkpoint's file."""
     return torch.load(checkpoint, weights_only=True)["trainer"]["hooks"]["AGVMHook"]
+
+
+def same(one, other, path="checkpoint") -> None:
+    """Equal bit for bit; names the first place that is not."""
+    assert type(one) is type(other), path
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), path
+        for i, (a, b) in enumerate(zip(one, other)):
+            same(a, b, f"{path}[{i}]")
+    else:
+        assert one == other, path

@@ -9,6 +9,7 @@ import pytest
 import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from helpers import same
 from toy import ToyTrainer, toy_config
 
 from agvm_d2.d2 import preemption
@@ -93,22 +94,6 @@ def train(folder, *hooks, resume=False, evaluate=dict, **options):
                 signal.signal(signum, signal.SIG_DFL)
     comm.synchronize()
     return torch.load(trainer.checkpointer.get_checkpoint_file(), weights_only=True), preempted
-
-
-def same(one, other, path="checkpoint"):
-    assert type(one) is type(other), path
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one:
-            same(one[key], other[key], f"{path}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), path
-        for a, b in zip(one, other):
-            same(a, b, path)
-    else:
-        assert one == other, path
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from detectron2.engine import HookBase
-from helpers import agvm_state
+from helpers import agvm_state, same
 from toy_d2 import RCNNTrainer, rcnn_config
 
 import agvm_d2.data  # noqa: F401
@@ -52,22 +52,6 @@ def resumed_at(iteration, straight, folder):
     shutil.copy(straight / name, folder / name)
     (folder / "last_checkpoint").write_text(name)
     return folder
-
-
-def same(one, other, path="checkpoint"):
-    assert type(one) is type(other), path
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one:
-            same(one[key], other[key], f"{path}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), path
-        for i, (a, b) in enumerate(zip(one, other)):
-            same(a, b, f"{path}[{i}]")
-    else:
-        assert one == other, path
 
 
 def check(run, options, tmp_path, iterations):
