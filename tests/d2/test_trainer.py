@@ -124,6 +124,7 @@ def test_a_stock_checkpoint_resumed_into_agvm(tmp_path, mode):
     saved = sorted(float(s["momentum_buffer"].sum()) for s in momentum.values())
     found = sorted(float(s["momentum_buffer"].sum()) for s in trainer.optimizer.state.values())
     assert found == saved
+    assert trainer.scheduler.get_last_lr() == [g["lr"] for g in trainer.optimizer.param_groups]
     trainer.train()
     lrs = {round(g["lr"], 7) for g in trainer.optimizer.param_groups}
     assert lrs == {round(g["lr"], 7) for g in stock.optimizer.param_groups} == {0.005, 0.01}
@@ -304,6 +305,7 @@ def test_projects_keep_their_checkpointer(tmp_path):
 def test_the_hook_comes_right_after_the_scheduler(tmp_path):
     kinds = [type(h).__name__ for h in ToyTrainer(toy_config(tmp_path))._hooks]
     assert kinds[kinds.index("LRScheduler") + 1] == "AGVMHook"
+    assert kinds[0] == "IterationSeeder"  # before any other hook draws random numbers
     off = ToyTrainer(toy_config(tmp_path, AGVM__ENABLED=False))
     assert "AGVMHook" not in [type(h).__name__ for h in off._hooks]
 
@@ -323,8 +325,16 @@ def test_a_reference_world_size_scales_before_the_checks(tmp_path):
 
 
 def test_bad_values_are_named_before_anything_is_built(tmp_path):
+    class Never(ToyTrainer):
+        @classmethod
+        def build_model(cls, cfg):
+            pytest.fail("built")
+
     with pytest.raises(ValueError, match="AGVM.MODE"):
-        ToyTrainer(toy_config(tmp_path, AGVM__MODE="on"))
+        Never(toy_config(tmp_path, AGVM__MODE="on"))
+
+
+def test_an_anchor_that_the_model_lacks_is_named(tmp_path):
     with pytest.raises(ValueError, match="AGVM.ANCHOR: 'neck'"):
         ToyTrainer(toy_config(tmp_path, AGVM__ANCHOR="neck"))
 
