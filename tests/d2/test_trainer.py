@@ -5,13 +5,13 @@ import shutil
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine import DefaultTrainer, hooks
+from detectron2.engine import DefaultTrainer, defaults, hooks
 from detectron2.solver import build_optimizer as d2_build_optimizer
 from torch import nn
 from toy import MODULES
 from toy_d2 import ToyLoader, ToyTrainer, agvm_hook, toy_config, train, weights
 
-from agvm_d2 import AGVMTrainerMixin
+from agvm_d2 import AGVMTrainer, AGVMTrainerMixin
 from agvm_d2.d2.checkpoint import AtomicCheckpointer
 
 MICRO = {"SOLVER__MICRO_BATCH_SIZE": 2}
@@ -332,6 +332,13 @@ def test_bad_values_are_named_before_anything_is_built(tmp_path):
 
     with pytest.raises(ValueError, match="AGVM.MODE"):
         Never(toy_config(tmp_path, AGVM__MODE="on"))
+
+
+def test_the_loader_is_this_packages_and_detectron2s_is_put_back(tmp_path, monkeypatch):
+    theirs = defaults.build_detection_train_loader
+    monkeypatch.setattr("agvm_d2.d2.trainer.build_train_loader", lambda cfg: "ours")
+    assert AGVMTrainer.build_train_loader(toy_config(tmp_path)) == "ours"
+    assert defaults.build_detection_train_loader is theirs
 
 
 def test_an_anchor_that_the_model_lacks_is_named(tmp_path):
