@@ -1,10 +1,12 @@
 """AGVMHook's events, without a trainer."""
 
 import re
+from types import SimpleNamespace
 import bad_values
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.engine import TrainerBase
 from detectron2.solver import LRMultiplier
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils.events import EventStorage
@@ -123,7 +125,7 @@ def test_scalars_and_the_line_in_the_log(d2_log):
     optimizer = sgd(model)
     hook = make_hook(model, optimizer, batch_size=8, log_period=2)
     with EventStorage(0) as storage:
-        for i in range(2):
+        for i in range(3):
             step(hook, model, optimizer, i)
             latest = storage.latest()
             storage.step()
@@ -131,7 +133,7 @@ def test_scalars_and_the_line_in_the_log(d2_log):
         assert latest[f"agvm/variance/{name}"][0] == hook.modulator.variance[i].item()
         assert latest[f"agvm/lr_scale/{name}"][0] == hook.modulator.factors[i].item()
         value, iteration = latest.get(f"agvm/noise_scale/{name}", (None, -1))
-        if iteration == 1:  # not where it was not measurable
+        if iteration == 2:  # not where it was not measurable
             assert value == hook.noise_scale()[name]
     assert any("noise_scale" in name for name in latest)
     lines = [r.getMessage() for r in d2_log.records if "variance and LR factor" in r.getMessage()]
@@ -172,6 +174,18 @@ def test_trained_twice_by_one_trainer_keeps_working():
         step(hook, model, optimizer, 5)
     assert not torch.equal(before, hook.modulator.factors)
     assert len(optimizer._optimizer_step_pre_hooks) == 1
+
+
+def test_each_inner_trainer_is_listened_to_once():
+    """The inner one of DefaultTrainer calls after_backward and after_micro_batch."""
+    model = ToyDetector()
+    hook = AGVMHook(model, sgd(model), micro_batches=2)
+    inner, other = TrainerBase(), TrainerBase()
+    for trainer in (inner, inner, other):
+        hook.trainer = SimpleNamespace(_trainer=trainer, max_iter=100)
+        hook.before_train()
+        hook.after_train()
+    assert len(inner._hooks) == len(other._hooks) == 1
 
 
 # Settings

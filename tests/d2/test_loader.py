@@ -1,12 +1,19 @@
 import itertools
 import random
+from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
 from detectron2.data.samplers import TrainingSampler
 from toy_d2 import toy_config
 
-from agvm_d2.d2.loader import BadImageError, ResumableLoader, build_train_loader, seed_everything
+from agvm_d2.d2.loader import (
+    BadImageError,
+    IterationSeeder,
+    ResumableLoader,
+    build_train_loader,
+    seed_everything,
+)
 
 
 def dicts(num=10):
@@ -108,6 +115,10 @@ def test_a_bad_image_is_skipped_named_and_counted(d2_log):
     loader = make(mapper=bad_at_4, on_bad_image="skip")
     found = [number for batch in first(loader, 10) for number, _ in batch]
     assert 4 not in found and len(found) == 30
+    batches = itertools.islice(make(mapper=bad_at_4, on_bad_image="skip"), 10)
+    assert {tuple(sample) for batch in batches for sample in batch} == {
+        ("file_name", "width", "height", "number", "drawn")  # nothing of the loader's own
+    }
     assert loader.skipped == found.count(6) - sum(n == 6 for n, _ in sum(first(make(), 10), []))
     assert f"Skipped image {loader.skipped} of this worker so far: '4.png': OSError" in d2_log.text
     # And the batches are those of the other loader, so that a resumed run is exact.
@@ -203,3 +214,103 @@ def test_from_a_config(digits, tmp_path, sampler):
     loader = build_train_loader(cfg, mapper=lambda record: {**record, "mine": record["file_name"]})
     mine = [[d["mine"] for d in b] for b in itertools.islice(iter(loader), 5)]
     assert mine == names[0]
+
+
+def by_config(tmp_path, monkeypatch, **options):
+    """The loader built, of two workers', and what the dataset was asked for."""
+    asked = {}
+
+    def get_dicts(names, **options):
+        asked.update(options, names=names)
+        records = dicts()
+        for record in records:
+            record["annotations"] = [{"category_id": int(record["number"] == 3)}]
+        return records
+
+    monkeypatch.setattr("agvm_d2.d2.loader.get_detection_dataset_dicts", get_dicts)
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    cfg = toy_config(tmp_path, SEED=3, DATASETS__TRAIN=("some",), **options)
+    return build_train_loader(cfg, mapper=mapper), asked
+
+
+def test_each_key_of_a_config_is_heard(tmp_path, monkeypatch):
+    loader, asked = by_config(tmp_path, monkeypatch)
+    assert asked == {
+        "names": ("some",), "filter_empty": True, "min_keypoints": 0, "proposal_files": None,
+    }  # fmt: skip
+    found = (loader.batch_size, loader.seed, loader.grouping, loader._images.on_bad_image)
+    assert found == (4, 3, True, "stop") and loader._num_workers == 4
+    loader, asked = by_config(
+        tmp_path,
+        monkeypatch,
+        SOLVER__IMS_PER_BATCH=6,
+        DATALOADER__FILTER_EMPTY_ANNOTATIONS=False,
+        DATALOADER__ASPECT_RATIO_GROUPING=False,
+        DATALOADER__ON_BAD_IMAGE="skip",
+        DATALOADER__NUM_WORKERS=1,
+        MODEL__KEYPOINT_ON=True,
+        MODEL__ROI_KEYPOINT_HEAD__MIN_KEYPOINTS_PER_IMAGE=5,
+        MODEL__LOAD_PROPOSALS=True,
+        DATASETS__PROPOSAL_FILES_TRAIN=("p.pkl",),
+    )
+    assert asked == {
+        "names": ("some",), "filter_empty": False, "min_keypoints": 5, "proposal_files": ("p.pkl",),
+    }  # fmt: skip
+    found = (loader.batch_size, loader.seed, loader.grouping, loader._images.on_bad_image)
+    assert found == (3, 3, False, "skip") and loader._num_workers == 1
+
+
+@pytest.mark.parametrize("threshold, times", [(0.4, 2), (0.0, 1)])
+def test_rare_categories_are_repeated_as_the_config_says(threshold, times, tmp_path, monkeypatch):
+    # In one of ten images: sqrt(0.4 / 0.1) = 2 times.
+    options = {"SAMPLER_TRAIN": "RepeatFactorTrainingSampler", "REPEAT_THRESHOLD": threshold}
+    options = {f"DATALOADER__{key}": value for key, value in options.items()}
+    loader, _ = by_config(tmp_path, monkeypatch, **options)
+    monkeypatch.undo()  # one worker: the whole stream
+    epoch = list(itertools.islice(iter(loader.make_sampler(3)), 9 + times))
+    assert sorted(epoch) == sorted([*range(10), *[3] * (times - 1)])
+
+
+# Seeds of iterations
+
+
+def seeder_at(iteration, loader=None, seed=0, state=None):
+    seeder = IterationSeeder(loader, seed)
+    if state:
+        seeder.load_state_dict(state)
+    seeder.trainer = SimpleNamespace(start_iter=iteration, iter=iteration)
+    return seeder
+
+
+def test_a_resumed_loader_is_brought_to_its_place_with_the_saved_seed(d2_log):
+    loader = make()
+    saved = {"seed": 9, "workers": 1}
+    seeder_at(4, loader, state=saved).before_train()
+    assert (loader.start, loader.seed) == (4, 9)
+    other = make()
+    other.seek(0, 9)
+    assert first(loader, 3) == first(other, 7)[4:]
+    assert "new order" not in d2_log.text and "shared out anew" not in d2_log.text
+
+
+def test_what_cannot_be_brought_back_is_said(d2_log):
+    seeder_at(0).before_train()
+    assert "new order" not in d2_log.text
+    seeder_at(4).before_train()
+    assert "cannot be brought back" in d2_log.text
+    seeder_at(4, state={"seed": 9, "workers": 2})
+    assert "Resumed with 1 workers, saved with 2: " in d2_log.text
+
+
+def test_random_numbers_of_an_iteration_are_its_own_and_each_workers(monkeypatch):
+    def numbers(*args, **kwargs):
+        seeder_at(*args, **kwargs).before_step()
+        return mapper({})["drawn"]
+
+    one = numbers(4, seed=1)
+    assert numbers(4, seed=1) == one
+    assert numbers(4, state={"seed": 1, "workers": 1}) == one
+    others = [numbers(5, seed=1), numbers(4, seed=2)]
+    monkeypatch.setattr("detectron2.utils.comm.get_rank", lambda: 1)
+    others.append(numbers(4, seed=1))
+    assert len({x for found in (one, *others) for x in found}) == 12

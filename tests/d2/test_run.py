@@ -65,6 +65,13 @@ def test_an_inner_trainer_of_micro_batches_where_one_is_needed(options, images, 
     assert (made.micro_batch_size, made.skip_nonfinite) == (images, skips)
 
 
+def test_micro_batches_are_of_a_workers_share(monkeypatch):
+    monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
+    options = RunOptions(16, 4)
+    assert options.micro_batches == 2 and inner(options).micro_batch_size == 4
+    assert inner(RunOptions(16, skip_nonfinite=True)).micro_batch_size == 8
+
+
 def test_else_the_trainer_that_was_there_also_a_projects_own():
     class Own(SimpleTrainer):
         pass

@@ -5,13 +5,13 @@ import shutil
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine import DefaultTrainer, hooks
+from detectron2.engine import DefaultTrainer, defaults, hooks
 from detectron2.solver import build_optimizer as d2_build_optimizer
 from torch import nn
 from toy import MODULES
 from toy_d2 import ToyLoader, ToyTrainer, agvm_hook, toy_config, train, weights
 
-from agvm_d2 import AGVMTrainerMixin
+from agvm_d2 import AGVMTrainer, AGVMTrainerMixin
 from agvm_d2.d2.checkpoint import AtomicCheckpointer
 from agvm_d2.d2.loader import IterationSeeder
 from agvm_d2.solver import prepare_optimizer
@@ -126,6 +126,7 @@ def test_a_stock_checkpoint_resumed_into_agvm(tmp_path, mode):
     saved = sorted(float(s["momentum_buffer"].sum()) for s in momentum.values())
     found = sorted(float(s["momentum_buffer"].sum()) for s in trainer.optimizer.state.values())
     assert found == saved
+    assert trainer.scheduler.get_last_lr() == [g["lr"] for g in trainer.optimizer.param_groups]
     trainer.train()
     lrs = {round(g["lr"], 7) for g in trainer.optimizer.param_groups}
     assert lrs == {round(g["lr"], 7) for g in stock.optimizer.param_groups} == {0.005, 0.01}
@@ -307,6 +308,7 @@ def test_projects_keep_their_checkpointer(tmp_path):
 def test_the_hook_comes_right_after_the_scheduler(tmp_path):
     kinds = [type(h).__name__ for h in ToyTrainer(toy_config(tmp_path))._hooks]
     assert kinds[kinds.index("LRScheduler") + 1] == "AGVMHook"
+    assert kinds[0] == "IterationSeeder"  # before any other hook draws random numbers
     off = ToyTrainer(toy_config(tmp_path, AGVM__ENABLED=False))
     assert "AGVMHook" not in [type(h).__name__ for h in off._hooks]
 
@@ -419,8 +421,23 @@ def test_a_checkpointer_without_the_trainer_gets_agvms_state(tmp_path):
 
 
 def test_bad_values_are_named_before_anything_is_built(tmp_path):
+    class Never(ToyTrainer):
+        @classmethod
+        def build_model(cls, cfg):
+            pytest.fail("built")
+
     with pytest.raises(ValueError, match="AGVM.MODE"):
-        ToyTrainer(toy_config(tmp_path, AGVM__MODE="on"))
+        Never(toy_config(tmp_path, AGVM__MODE="on"))
+
+
+def test_the_loader_is_this_packages_and_detectron2s_is_put_back(tmp_path, monkeypatch):
+    theirs = defaults.build_detection_train_loader
+    monkeypatch.setattr("agvm_d2.d2.trainer.build_train_loader", lambda cfg: "ours")
+    assert AGVMTrainer.build_train_loader(toy_config(tmp_path)) == "ours"
+    assert defaults.build_detection_train_loader is theirs
+
+
+def test_an_anchor_that_the_model_lacks_is_named(tmp_path):
     with pytest.raises(ValueError, match="AGVM.ANCHOR: 'neck'"):
         ToyTrainer(toy_config(tmp_path, AGVM__ANCHOR="neck"))
 
