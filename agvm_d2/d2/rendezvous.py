@@ -101,6 +101,8 @@ def _connect(worker: Worker, timeout: timedelta, serve: bool = True) -> dist.Sto
         ConnectionError: the address is wrong or in use.
     """
     url = urlsplit(worker.dist_url)
+    # torchrun has a store of its own, which outlives the workers.
+    agent = url.scheme == "env" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if url.scheme == "file":
         found, _, _ = next(
             dist.rendezvous(worker.dist_url, worker.rank, worker.world_size, timeout=timeout)
@@ -115,8 +117,6 @@ def _connect(worker: Worker, timeout: timedelta, serve: bool = True) -> dist.Sto
             raise ConnectionError(
                 f"{what}: '{host}:{port}' is no address; it must name rank 0's host and a port."
             )
-        # torchrun has a store of its own there, which outlives the workers.
-        agent = url.scheme == "env" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         serves = serve and worker.rank == 0 and not agent
         try:
             found = dist.TCPStore(
@@ -134,8 +134,9 @@ def _connect(worker: Worker, timeout: timedelta, serve: bool = True) -> dist.Sto
                 f"{timeout.total_seconds():g} s ({first}). Is it rank 0's host, and is rank 0 "
                 f"running?{CHANGES}"
             ) from None
-    # A restart must not find the addresses of dead workers there (pytorch#135712).
-    return dist.PrefixStore(f"agvm_d2/{restarts()}", found)
+    # A restart must not find the addresses of dead workers there (pytorch#135712). A store that rank
+    # 0 serves is new each time, and the agents of several machines may count differently.
+    return dist.PrefixStore(f"agvm_d2/{restarts() if agent else 0}", found)
 
 
 class Pulse:

@@ -313,12 +313,13 @@ def test_what_others_do_with_a_signal_stays():
 
 
 def test_a_loaders_processes_leave_signals_to_the_trainer():
+    others = set(multiprocessing.active_children())
     loader = ResumableLoader(
         [{"place": i} for i in range(40)], image, 4, InOrder, num_workers=2, grouping=False
     )
     batches = iter(loader)
     next(batches)
-    children = [p for p in multiprocessing.active_children() if p.daemon]
+    children = [p for p in multiprocessing.active_children() if p not in others]
     assert len(children) == 2
     for signum in SIGNALS:
         for child in children:
