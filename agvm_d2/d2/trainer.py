@@ -142,8 +142,17 @@ class AGVMTrainerMixin(_Trainer):
     def build_lr_scheduler(
         cls, cfg: CfgNode, optimizer: torch.optim.Optimizer
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        with _patched("build_lr_scheduler", build_lr_scheduler):
-            return super().build_lr_scheduler(cfg, optimizer)
+        try:
+            with _patched("build_lr_scheduler", build_lr_scheduler):
+                return super().build_lr_scheduler(cfg, optimizer)
+        except (ValueError, IndexError) as error:
+            if not cfg.AGVM.ENABLED or str(error).startswith("SOLVER."):
+                raise
+            raise ValueError(  # such as one function for each group
+                f"The LR scheduler cannot be built: {error}. AGVM has split the optimizer's groups "
+                f"by module, into {len(optimizer.param_groups)} param groups: a scheduler with a "
+                "rule for each group must take the groups from optimizer.param_groups."
+            ) from error
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:

@@ -375,6 +375,20 @@ def test_a_project_may_name_what_it_builds_itself(tmp_path):
     assert (agvm_hook(trainer).modulator.factors[1:] != 1).all()
 
 
+def test_a_scheduler_with_a_rule_for_each_group_is_told_of_the_split(tmp_path):
+    class Theirs(StockToyTrainer):
+        @classmethod
+        def build_lr_scheduler(cls, cfg, optimizer):
+            return torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 1.0])
+
+    class Project(AGVMTrainerMixin, Theirs):
+        pass
+
+    with pytest.raises(ValueError, match="Expected 4 lr_lambdas.*split .*, into 4 param groups"):
+        Project(toy_config(tmp_path))
+    Project(toy_config(tmp_path, AGVM__ENABLED=False))  # one group
+
+
 class OwnRunStep(ToyTrainer):
     """As unbiased-teacher's."""
 
