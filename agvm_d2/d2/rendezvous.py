@@ -134,8 +134,8 @@ def _connect(worker: Worker, timeout: timedelta, serve: bool = True) -> dist.Sto
                 f"{timeout.total_seconds():g} s ({first}). Is it rank 0's host, and is rank 0 "
                 f"running?{CHANGES}"
             ) from None
-    # A restart must not find the addresses of dead workers there (pytorch#135712). A store that rank
-    # 0 serves is new each time, and the agents of several machines may count differently.
+    # A restart must not find the addresses of dead workers there (pytorch#135712). A store that
+    # rank 0 serves is new each time, and the agents of several machines may count differently.
     return dist.PrefixStore(f"agvm_d2/{restarts() if agent else 0}", found)
 
 
