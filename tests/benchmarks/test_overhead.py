@@ -10,6 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 from agvm_d2 import AGVM, Settings, split_param_groups
 from benchmarks import overhead
 
+pytestmark = pytest.mark.integration  # processes of their own
+
 
 class Toy(nn.Module):
     def __init__(self):

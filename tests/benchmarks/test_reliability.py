@@ -10,6 +10,8 @@ import pytest
 from agvm_d2.d2.checkpoint import AtomicCheckpointer
 from benchmarks import reliability
 
+pytestmark = pytest.mark.integration  # processes of their own
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -14,6 +14,8 @@ from benchmarks.study.methods import BASE_LR, METHODS, register_rules
 from benchmarks.study.plan import Search, pending
 from benchmarks.study.results import Cell, Run, by_cell, read
 
+pytestmark = pytest.mark.integration  # processes of their own
+
 
 @pytest.fixture(autouse=True)
 def rules():

@@ -204,6 +204,7 @@ for _ in range(15):
 """
 
 
+@pytest.mark.integration
 def test_two_processes_that_write_the_same_name_tear_nothing(tmp_path):
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)])}

@@ -26,6 +26,8 @@ SHORT = (
 HOLD = """
 import sys, time
 from agvm_d2.d2.output_dir import FolderLock
+
+pytestmark = pytest.mark.integration  # processes of their own
 lock = FolderLock.take(sys.argv[1])
 print("held", flush=True)
 time.sleep(600)

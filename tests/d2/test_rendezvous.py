@@ -13,6 +13,8 @@ import torch.distributed as dist
 from agvm_d2.d2.launch import worker_from_environment
 from agvm_d2.d2.rendezvous import Pulse, Worker, meet, start_timeout, training_timeout
 
+pytestmark = pytest.mark.integration  # processes of their own
+
 
 @pytest.fixture(autouse=True)
 def two_seconds(monkeypatch):
