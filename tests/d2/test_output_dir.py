@@ -23,11 +23,11 @@ SHORT = (
     "SOLVER.WARMUP_METHOD linear SOLVER.STEPS () AGVM.START_ITER 0 DATALOADER.NUM_WORKERS 0"
 ).split()
 
+pytestmark = pytest.mark.integration  # processes of their own
+
 HOLD = """
 import sys, time
 from agvm_d2.d2.output_dir import FolderLock
-
-pytestmark = pytest.mark.integration  # processes of their own
 lock = FolderLock.take(sys.argv[1])
 print("held", flush=True)
 time.sleep(600)
