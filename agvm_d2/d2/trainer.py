@@ -33,6 +33,7 @@ from ..solver import build_lr_scheduler, unsplit_optimizer
 from .agreement import AgreementHook, check_agreement, code, flat
 from .checkpoint import AtomicCheckpointer
 from .checks import check_config, check_tta
+from .gain_schedule import ends_when_done
 from .hook import AGVMHook
 from .loader import build_train_loader
 from .micro_batches import micro_batches
@@ -219,7 +220,8 @@ class AGVMTrainerMixin(_Trainer):
 
     def train(self) -> Any:
         try:
-            return super().train()
+            with ends_when_done():
+                return super().train()
         finally:
             if self._record:
                 self._record.release()
