@@ -279,14 +279,12 @@ def draw(
         glyph, label = samples[int(rng.integers(len(samples)))]
         # A sixth to a half of the picture, with a margin of 1/10 on each side.
         side = int(rng.integers(size // 6, size // 2 + 1))
-        ink = np.zeros((size, size), np.float32)
         top, left = rng.integers(0, size - side + 1, 2)
-        ink[top : top + side, left : left + side] = np.asarray(
-            Image.fromarray(glyph).resize((side, side), Image.Resampling.BICUBIC),
-            dtype=np.float32,
-        )
-        ink /= 255
-        mask = ink > 0.5
+        window = slice(top, top + side), slice(left, left + side)
+        resized = Image.fromarray(glyph).resize((side, side), Image.Resampling.BICUBIC)
+        ink = np.asarray(resized, dtype=np.float32) / 255
+        mask = np.zeros((size, size), bool)
+        mask[window] = ink > 0.5
         visible = [m & ~mask for _, m in found]
         hides = any(v.sum() < MIN_VISIBLE * a for v, a in zip(visible, areas, strict=True))
         if hides or not mask.any():
@@ -298,7 +296,9 @@ def draw(
         mean = picture[mask].mean(0)
         colour = rng.uniform(0, 255, 3)
         colour = np.where(np.abs(colour - mean) < 70, (mean + 128) % 256, colour)
-        picture = picture * (1 - ink[..., None]) + colour * ink[..., None]
+        inked = picture[window] * (1 - ink[..., None]) + colour * ink[..., None]
+        picture = picture.astype(inked.dtype, copy=False)  # float64 from the first digit on
+        picture[window] = inked
     picture = picture + rng.normal(0, 4, picture.shape)
     return picture.round().clip(0, 255).astype(np.uint8), which, found
 

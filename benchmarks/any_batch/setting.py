@@ -80,7 +80,7 @@ def weights_hash() -> str:
 
 BASE = 32  # images of the base batch
 UNIT = 32  # images of a micro-batch; of the base batch, half
-ITERATIONS = 6000  # of the base batch
+ITERATIONS = 4000  # of the base batch
 WARMUP, DROPS = 1 / 20, (3 / 4, 9 / 10)  # shares of training
 
 
