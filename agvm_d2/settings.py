@@ -79,7 +79,7 @@ class Settings:
             except re.error as error:
                 where = f"{key('modules')}: '{regex}' of module '{name}'"
                 raise ValueError(f"{where} is not a regex: {error}.") from None
-        if self.schedule == "gain" and self.rule != "gain":
+        if self.schedule == "gain" and self.rule == "variance":
             raise ValueError(
                 f"{key('schedule')}: found 'gain', but {key('rule')} is '{self.rule}': only a "
                 f"learning rate that grows with the gain makes up for fewer iterations. Set "
