@@ -171,6 +171,9 @@ class AGVMHook(HookBase):
                 )
             )
             used = self.agvm.settings.mode == "modulate"
+            if self.agvm.settings.by_gain:
+                agvm = self.agvm
+                line += f"  progress {agvm.progress:.0f} of {agvm.max_iter}, x{agvm.gain:.2f}"
             logger.info(f"AGVM: variance and LR factor{'' if used else ', not used,'}  {line}")
 
     def after_train(self) -> None:

@@ -77,6 +77,11 @@ def run_options(cfg: CfgNode) -> RunOptions:
     )
 
 
+def _by_gain(cfg: CfgNode) -> bool:
+    agvm = cfg.get("AGVM")
+    return bool(agvm) and agvm.ENABLED and (agvm.SCHEDULE, agvm.MODE) == ("gain", "modulate")
+
+
 if TYPE_CHECKING:  # what the mixin is mixed into
     from detectron2.engine import DefaultTrainer as _Trainer
 else:
@@ -116,9 +121,19 @@ class AGVMTrainerMixin(_Trainer):
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
         """Detectron2's SOLVER.REFERENCE_WORLD_SIZE, also for this package's iterations.
 
-        AGVM.INTERVAL stays: it says how often to measure, whatever the batch, as in the paper.
+        AGVM.INTERVAL stays: it says how often to measure, whatever the batch, as in the paper. With
+        AGVM.SCHEDULE gain only IMS_PER_BATCH changes: the gain scales the others.
         """
         before = cfg.SOLVER.REFERENCE_WORLD_SIZE
+        if before not in (0, num_workers) and _by_gain(cfg):
+            frozen, cfg = cfg.is_frozen(), cfg.clone()
+            cfg.defrost()
+            cfg.SOLVER.IMS_PER_BATCH = round(cfg.SOLVER.IMS_PER_BATCH * num_workers / before)
+            cfg.SOLVER.REFERENCE_WORLD_SIZE = num_workers
+            logger.info(f"Auto-scaling the config to batch_size={cfg.SOLVER.IMS_PER_BATCH}.")
+            if frozen:
+                cfg.freeze()
+            return cfg
         cfg = DefaultTrainer.auto_scale_workers(cfg, num_workers)
         if before in (0, num_workers) or "AGVM" not in cfg:
             return cfg

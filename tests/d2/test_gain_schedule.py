@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import pytest
 import reference
@@ -310,3 +311,20 @@ def test_a_checkpoint_that_does_not_know_its_progress(tmp_path):
     train(toy_config(tmp_path, **{**off, "SOLVER__MAX_ITER": 5, "SOLVER__STEPS": ()}))
     with pytest.raises(ValueError, match="does not say how many iterations of the base batch"):
         run(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("mode", ["modulate", "monitor"])
+def test_scaling_by_world_size_leaves_what_the_gain_scales(mode, tmp_path):
+    cfg = toy_config(tmp_path, **{**GAIN, "SOLVER__REFERENCE_WORLD_SIZE": 2, "AGVM__MODE": mode})
+    new = ToyTrainer.auto_scale_workers(cfg, 8)
+    assert new.SOLVER.IMS_PER_BATCH == 32 and new.SOLVER.REFERENCE_WORLD_SIZE == 8
+    kept = {"BASE_LR": 0.05, "MAX_ITER": 40, "WARMUP_ITERS": 6, "STEPS": (20, 30)}
+    assert all(new.SOLVER[key] == value for key, value in kept.items()) == (mode == "modulate")
+    assert cfg.SOLVER.IMS_PER_BATCH == 8
+
+
+def test_the_log_has_progress(tmp_path, d2_log):
+    run(tmp_path, SOLVER__MAX_ITER=60)
+    assert re.search(
+        r"AGVM: variance and LR factor .*  progress \d+ of 60, x[1-4]\.\d\d", d2_log.text
+    )
