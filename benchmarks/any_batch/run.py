@@ -19,6 +19,7 @@ from agvm_d2 import AGVMHook, AGVMTrainer
 from agvm_d2.agvm import AGVM
 from agvm_d2.d2.checks import check_config
 from agvm_d2.d2.loader import build_train_loader
+from agvm_d2.progress import Progress
 from benchmarks.study.run import cpu
 
 from .scenes import Scenes
@@ -73,6 +74,25 @@ class Curves(HookBase):
         }
 
 
+class KeepDecay(HookBase):
+    """From the first drop of the learning rate on, the factors stay as they are."""
+
+    def __init__(self, agvm: AGVM, drop: int):
+        self.agvm, self.drop = agvm, drop
+
+    def after_step(self) -> None:
+        if self.agvm.progress >= self.drop:
+            self.agvm.modulator.rule = lambda moments: torch.full_like(moments.unit_sq, torch.nan)
+
+
+class LeastGain(Progress):
+    """A step counts as many steps of the base batch as the smallest module's gain."""
+
+    @property
+    def gain(self) -> float:
+        return self.gains[:-1].min().item()
+
+
 def train(run: Run, folder: Path) -> dict:
     """Train here; the run's line in the results."""
     torch.set_num_threads(1)
@@ -83,8 +103,14 @@ def train(run: Run, folder: Path) -> dict:
     Trainer.backbone_lr = ARMS[run.arm].backbone_lr
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
-    curves = Curves(next(h for h in trainer._hooks if isinstance(h, AGVMHook)).agvm)
+    agvm = next(h for h in trainer._hooks if isinstance(h, AGVMHook)).agvm
+    arm, curves = ARMS[run.arm], Curves(agvm)
     trainer.register_hooks([curves])
+    if arm.by_least:
+        share = agvm._progress.base_share
+        agvm._progress = LeastGain(len(agvm.modules), share, agvm.settings.momentum)
+    if arm.keep_decay:
+        trainer.register_hooks([KeepDecay(agvm, cfg.SOLVER.STEPS[0])])
     task, metric, _ = PIPELINES[run.pipeline]
     start = time.time()
     accuracy, diverged = 0.0, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 import torch
 from detectron2.config import CfgNode
@@ -10,6 +11,10 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN
 from detectron2.modeling.backbone import Backbone
 
 from agvm_d2.d2.config import read_config
+from agvm_d2.moments import Moments
+from agvm_d2.rules import RULES, Rule, gain_rule
+from agvm_d2.settings import Settings
+from agvm_d2.variance import lr_gain
 from benchmarks.study.results import ROOT
 
 from . import assets
@@ -84,6 +89,29 @@ ITERATIONS = 3000  # of the base batch
 WARMUP, DROPS = 1 / 20, (3 / 4, 9 / 10)  # shares of training
 
 
+def sqrt_gain(settings: Settings, names: Sequence[str], batch_size: int | None) -> Rule:
+    """AdaptDL's for Adam."""
+    rule = gain_rule(settings, names, batch_size)
+    return lambda moments: rule(moments).sqrt()
+
+
+def gain_if_clipped(settings: Settings, names: Sequence[str], batch_size: int | None) -> Rule:
+    """Where each gradient is clipped, its step grows by the root of the model's gain already."""
+    rule = gain_rule(settings, names, batch_size)
+    assert batch_size
+    share = settings.base_batch_size / batch_size
+
+    def of(moments: Moments) -> torch.Tensor:
+        sums = moments.unit_sq.sum(), moments.mean_sq.sum()
+        units = moments.num_units
+        return rule(moments) / lr_gain(*sums, num_units=units, base_units=units * share) ** 0.5
+
+    return of
+
+
+RULES.update(sqrt_gain=sqrt_gain, gain_if_clipped=gain_if_clipped)
+
+
 class Arm(NamedTuple):
     """What is compared: a label, and config keys."""
 
@@ -91,12 +119,16 @@ class Arm(NamedTuple):
     options: str = ""
     backbone_lr: float = 1.0  # times the others'
     by_gain: bool = False  # lasts as long as the gain asks; else as many iterations as are given
+    by_least: bool = False  # the smallest module's gain counts, not the model's
+    keep_decay: bool = False  # factors stay as they are at the first drop of the learning rate
 
 
 GAIN = "AGVM.RULE gain AGVM.SCHEDULE gain"
 ONE_MODULE = "AGVM.MODULES (('all','.'),)"
 MONITOR = "AGVM.MODE monitor"
 SOFT = "SOLVER.GAMMA 0.25"
+ADAMW = "SOLVER.OPTIMIZER ADAMW SOLVER.WEIGHT_DECAY 0.05"
+CLIPPED = "SOLVER.CLIP_GRADIENTS.ENABLED True"
 ARMS = {
     "sgd": Arm("SGD", MONITOR),
     "sgd_soft": Arm("SGD, decay to 1/4", f"{MONITOR} {SOFT}"),
@@ -104,11 +136,20 @@ ARMS = {
     "sgd_6": Arm("SGD, backbone ×6", MONITOR, 6.0),
     "whole": Arm("whole-model AdaScale", f"{GAIN} {ONE_MODULE}", by_gain=True),
     "gain": Arm("module-wise AdaScale", GAIN, by_gain=True),
+    "gain_least": Arm("module-wise AdaScale, least gain", GAIN, by_gain=True, by_least=True),
+    "gain_decay": Arm("module-wise AdaScale, decay kept", GAIN, by_gain=True, keep_decay=True),
+    "gain_clipped": Arm(
+        "module-wise AdaScale, clipped",
+        f"AGVM.RULE gain_if_clipped AGVM.SCHEDULE gain {CLIPPED}",
+        by_gain=True,
+    ),
+    "sgd_clipped": Arm("SGD, clipped", f"{MONITOR} {CLIPPED}"),
     "agvm": Arm("AGVM", "AGVM.RULE variance AGVM.START_ITER 300"),
-    "adamw": Arm("AdamW", f"{MONITOR} SOLVER.OPTIMIZER ADAMW SOLVER.WEIGHT_DECAY 0.05"),
-    "gain_adamw": Arm(
-        "module-wise AdaScale on AdamW",
-        f"{GAIN} SOLVER.OPTIMIZER ADAMW SOLVER.WEIGHT_DECAY 0.05",
+    "adamw": Arm("AdamW", f"{MONITOR} {ADAMW}"),
+    "gain_adamw": Arm("module-wise AdaScale on AdamW", f"{GAIN} {ADAMW}", by_gain=True),
+    "sqrt_gain_adamw": Arm(
+        "its square root on AdamW",
+        f"AGVM.RULE sqrt_gain AGVM.SCHEDULE gain {ADAMW}",
         by_gain=True,
     ),
 }
