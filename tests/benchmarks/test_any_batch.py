@@ -17,7 +17,7 @@ from benchmarks.any_batch import run, scenes, setting
 @pytest.fixture
 def offline(monkeypatch):
     monkeypatch.setattr(scenes, "sources", digits.sources)
-    monkeypatch.setattr(setting, "weights", lambda: "")
+    monkeypatch.setattr(setting, "weights", lambda: "none.pth")
 
 
 def record(i):
