@@ -9,7 +9,7 @@ from . import __doc__ as description
 from .plan import GRID
 from .run import RESULTS, do_run, grid, read
 from .setting import ARMS, ITERATIONS, PIPELINES, ROOT, Run
-from .tables import report
+from .tables import report, write
 
 
 def main() -> None:
@@ -33,10 +33,12 @@ def main() -> None:
     every.add_argument("--minutes", type=float, default=1e6, help="start nothing new after that")
     every.add_argument("--results", type=Path, default=RESULTS)
     tables = commands.add_parser("tables", help="what the runs say")
+    tables.add_argument("--write", action="store_true", help="into docs/evidence-tables.md")
     tables.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.command == "tables":
-        print(report(read(args.results)))
+        text = report(read(args.results))
+        write(text) if args.write else print(text)
     elif args.command == "run":
         row = do_run(Run(**{key: getattr(args, key) for key in Run._fields}), args.results)
         print(json.dumps({k: v for k, v in row.items() if k != "curves"}))

@@ -8,8 +8,10 @@ import numpy as np
 
 from agvm_d2.plan import Measured, predict
 
-from .setting import ARMS, BASE, ITERATIONS, Run
+from .setting import ARMS, BASE, ITERATIONS, ROOT, Run
 
+DOCUMENT = ROOT / "docs/evidence-tables.md"
+BEGIN, END = "<!-- from python -m benchmarks.any_batch tables -->\n", "<!-- end of any_batch -->\n"
 Rows = dict[Run, dict]
 Cells = dict[Run, list[dict]]  # by seed; the key's own seed is 0
 
@@ -109,4 +111,23 @@ def plan_against_runs(cells: Cells) -> str:
 
 def report(rows: Rows) -> str:
     cells = by_cell(rows)
-    return f"{all_runs(cells)}\n\n### The plan against the runs\n\n{plan_against_runs(cells)}\n"
+    seconds = sum(row["seconds"] for row in rows.values())
+    hashes = sorted({row["weights_hash"] for row in rows.values()})
+    return "\n".join(
+        [
+            f"{len(rows)} runs, {seconds / 3600:.1f} hours of one core "
+            f"({', '.join(sorted({row['machine'] for row in rows.values()}))}; torch "
+            f"{', '.join(sorted({row['torch'] for row in rows.values()}))}; hash of the first "
+            f"weights {', '.join(hashes)}). The base: batch {BASE}, {ITERATIONS:,} iterations, at "
+            "SGD's best learning rate.\n",
+            all_runs(cells),
+            "\n### The plan against the runs\n",
+            plan_against_runs(cells),
+        ]
+    )
+
+
+def write(text: str) -> None:
+    """Put the tables into the page."""
+    before, rest = DOCUMENT.read_text().split(BEGIN)
+    DOCUMENT.write_text(before + BEGIN + "\n" + text + "\n\n" + END + rest.split(END)[1])

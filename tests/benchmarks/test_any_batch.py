@@ -11,7 +11,7 @@ from agvm_d2.d2.checks import check_config
 from agvm_d2.data import digits
 from agvm_d2.moments import pairwise_moments
 from agvm_d2.rules import RULES
-from benchmarks.any_batch import run, scenes, setting
+from benchmarks.any_batch import run, scenes, setting, tables
 
 
 @pytest.fixture
@@ -90,3 +90,41 @@ def test_results_are_read_back(tmp_path):
     assert run.read(path) == {}
     path.write_text("".join(json.dumps({**r._asdict(), "accuracy": r.batch}) + "\n" for r in runs))
     assert {r: row["accuracy"] for r, row in run.read(path).items()} == dict(zip(runs, (64, 128)))
+
+
+def row(run_, accuracy, took, noise=()):
+    curves = {"iteration": [took * i // len(noise) for i, _ in enumerate(noise)]}
+    return {
+        **run_._asdict(),
+        "accuracy": accuracy,
+        "took": took,
+        "seconds": 3600,
+        "curves": {**curves, "noise_scale/model": list(noise)},
+        **{"torch": "2", "machine": "m", "weights_hash": "h"},
+    }
+
+
+def test_the_tables_by_hand():
+    base = setting.Run("faster_rcnn", "sgd", 32, 0.02, 1)
+    gain = setting.Run("faster_rcnn", "gain", 128, 0.02, 1)
+    rows = {
+        base: row(base, 46.0, 3000, [96.0, None, 96.0]),
+        base._replace(lr=0.04): row(base._replace(lr=0.04), 40.0, 3000),
+        gain: row(gain, 45.0, 1300),
+        gain._replace(seed=2): row(gain._replace(seed=2), 47.0, 1500),
+    }
+    text = tables.report(rows)
+    assert text.startswith(
+        "4 runs, 4.0 hours of one core (m; torch 2; hash of the first weights h)"
+    )
+    # 1,400 x 128 / (3,000 x 32) = 1.87 times the images.
+    wanted = "| module-wise AdaScale | 0.02 | 1400 ± 141 | 0.47 | 1.9 | 46.0 ± 1.4 (2) | 100 % |"
+    assert wanted in text
+    assert "| SGD | 0.04 | 3000 | 1.00 | 1.0 | 40.0 (1) | 87 % |" in text
+    # (1 + 96/32)/(1 + 96/128) = 16/7; 45 (16/7 - 1) of progress is missing at the start.
+    assert f"| 0.02 | {round((3000 + 45 * 9 / 7) * 7 / 16)}" in text.split("plan / took")[1]
+
+
+def test_the_page_holds_what_the_runs_say():
+    page = tables.DOCUMENT.read_text().split(tables.BEGIN)[1].split(tables.END)[0]
+    assert page.strip() == tables.report(run.read()).strip()
