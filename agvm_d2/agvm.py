@@ -107,6 +107,7 @@ class AGVM:
         self._group_module = module_of_groups(optimizer, self.modules)
         self._handles: list[Any] = []
         self._iteration, self._depth = -1, 0
+        self._counted = True  # in progress
         self._wanted = self._warned = False  # a measurement; a warning has been given
         self._rehearsal = True
         self._saved_lrs: list[Any] | None = None
@@ -162,6 +163,9 @@ class AGVM:
         """
         self.attach()
         self._iteration, self._depth, self.measured = iteration, 0, False
+        self._counted = False
+        for scheduler in self.schedulers:  # where it steps to if this iteration takes no step
+            scheduler.last_epoch = self._position(self._progress.iterations + 1) - 1
         self._wanted = self.modulator.active(iteration) and (
             self._wanted or self.modulator.due(iteration)
         )
@@ -213,10 +217,10 @@ class AGVM:
         self._depth -= 1
         if self._depth == 0:
             self._restore_lrs()
-            self._progress.advance(self.modulator.active(self._iteration))
-            for scheduler in self.schedulers:
-                # Its own step, which comes next, adds one.
-                scheduler.last_epoch = self._position() - 1
+            groups = self.optimizer.param_groups  # without gradients where the step was left out
+            self._count(any(p.grad is not None for group in groups for p in group["params"]))
+            for scheduler in self.schedulers:  # its own step, which comes next, adds one
+                scheduler.last_epoch = self._position(self._progress.iterations) - 1
 
     def _restore_lrs(self) -> None:
         if self._saved_lrs is not None:
@@ -233,24 +237,39 @@ class AGVM:
         """
         if self.settings.by_gain:
             check_scheduler(scheduler)
-            set_position(scheduler, self._position())
-            self.schedulers.append(scheduler)
+            set_position(scheduler, self._position(self._progress.iterations))
+            if scheduler not in self.schedulers:
+                self.schedulers.append(scheduler)
 
-    def _position(self) -> float:
+    def _position(self, progress: float) -> float:
         """Of the LR schedule."""
         end = math.inf if self.max_iter is None else self.max_iter
-        return min(self._progress.iterations, end * (1 - 1e-5))  # a few of fvcore's have no end
+        return min(progress, end * (1 - 1e-5))  # a few of fvcore's have no end
+
+    def _count(self, stepped: bool) -> None:
+        """Progress of this iteration, once. One without a step counts as it would at the base
+        batch, 1; so do iterations over which a project accumulates."""
+        if not self._counted:
+            self._counted = True
+            possible = stepped and self.modulator.active(self._iteration)
+            gains = self.settings.mode == "modulate" and self.settings.rule != "variance"
+            self._progress.advance(possible and gains, possible)
+
+    def restart(self) -> None:
+        """Progress is 0 again, for training that begins anew."""
+        self._progress.iterations = self._progress.possible = 0.0
 
     @property
     def progress(self) -> float:
-        """Iterations of the base batch that the steps taken are worth; with `mode="monitor"`, or
-        factors by another rule, what they would be with the gain's."""
-        return self._progress.iterations
+        """Iterations of the base batch that those made are worth. Where the schedule does not
+        follow it, what they could be worth with the gain's learning rates."""
+        progress = self._progress
+        return progress.iterations if self.settings.by_gain else progress.possible
 
     @property
     def gain(self) -> float:
-        """Iterations of the base batch that a step is worth now."""
-        return self._progress.gain
+        """Iterations of the base batch that a step is, or could be, worth now."""
+        return self._progress.gain if self.modulator.active(max(self._iteration, 0)) else 1.0
 
     @property
     def done(self) -> bool:
@@ -261,11 +280,12 @@ class AGVM:
         """
         if self.max_iter is None:
             raise ValueError("AGVM.done needs max_iter, the iterations of training.")
-        position = self.progress if self.settings.by_gain else 0.0
+        position = self._progress.iterations if self.settings.by_gain else 0.0
         return max(position, self._iteration + 1.0) >= self.max_iter
 
     def end(self) -> None:
         """The iteration ended."""
+        self._count(stepped=False)
         self._collect(stepping=False)
         if self.tap is not None:
             self.tap.stop()
@@ -340,7 +360,9 @@ class AGVM:
         named = {f"agvm/{kind}/{n}": v for kind, values in kinds.items() for n, v in values.items()}
         if self.batch_size and m.num_units:
             gains = zip([*m.names, "model"], p.gains.tolist(), strict=True)
-            named.update({f"agvm/gain/{n}": v for n, v in gains}, **{"agvm/progress": p.iterations})
+            named.update(
+                {f"agvm/gain/{n}": v for n, v in gains}, **{"agvm/progress": self.progress}
+            )
         return {name: value for name, value in named.items() if value == value}  # not NaN
 
     def _rule(self) -> dict[str, Any]:

@@ -13,13 +13,15 @@ import numpy as np
 from .d2.resume import plain_config
 from .plot import colours_of, modules_of, read_metrics
 from .recipe import INTERVAL, MOMENTUM
+from .validate import is_int
 
 FLAT = 0.9  # of the time: what twice the batch still takes where it is hardly worth it
 LIMITS = (
     "It assumes that the noise scale depends on how far training is and not on the batch, and that "
-    "the run has measured it well: the first measurements of a run and those just after a drop of "
-    "the learning rate lag behind. Images per second per GPU are taken as they are at any batch; "
-    "few images per GPU, or many GPUs, make them fewer."
+    "the run has measured it well: an average lags behind, at the start and after a drop of the "
+    "learning rate, and few gradients per iteration measure a large noise scale badly. Images per "
+    "second per GPU are taken as they are at any batch; few images per GPU, or many GPUs, make "
+    "them fewer."
 )
 
 
@@ -28,7 +30,8 @@ class Measured(NamedTuple):
 
     base: int  # images of the batch that `iterations` is for
     iterations: int  # that training lasts with it
-    noise: dict[str, tuple[np.ndarray, np.ndarray]]  # module -> (share of training, images)
+    # Module -> (share of training, images; inf where noise drowned the gradient).
+    noise: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 class Row(NamedTuple):
@@ -59,17 +62,24 @@ def read_run(output_dir: str, base: int | None = None) -> Measured:
         found: Any = config
         for key in (lazy if "dataloader" in config else yacs).split("."):
             found = found.get(key) if isinstance(found, dict) else None
-        if found is None and default is None:
-            raise ValueError(f"{path} has no {yacs} ({lazy}).")
         return default if found is None else found
 
-    batch = value("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size")
-    max_iter = value("SOLVER.MAX_ITER", "train.max_iter")
-    by_gain = value("AGVM.RULE", "agvm.rule", "variance") == "gain"
-    if base is None:
-        base = value("AGVM.BASE_BATCH_SIZE", "agvm.base_batch_size", 16) if by_gain else batch
-    follows = value("AGVM.SCHEDULE", "agvm.schedule", "iterations") == "gain"
-    follows = follows and value("AGVM.MODE", "agvm.mode", "modulate") == "modulate"
+    def number(yacs: str, lazy: str, default: int | None = None) -> int:
+        found = value(yacs, lazy, default)
+        if not is_int(found) or found < 1:
+            raise ValueError(f"{path}: {yacs} ({lazy}): found {found!r}, but it must be positive.")
+        return found
+
+    batch = number("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size")
+    max_iter = number("SOLVER.MAX_ITER", "train.max_iter")
+    own = batch  # that MAX_ITER is for
+    if value("AGVM.RULE", "agvm.rule") == "gain":
+        base = base or number("AGVM.BASE_BATCH_SIZE", "agvm.base_batch_size", 16)
+    by_gain = value("AGVM.SCHEDULE", "agvm.schedule") == "gain"
+    if by_gain:
+        own = number("AGVM.BASE_BATCH_SIZE", "agvm.base_batch_size", 16)
+    base = base or batch
+    follows = by_gain and value("AGVM.MODE", "agvm.mode", "modulate") == "modulate"
     series = read_metrics(os.path.join(output_dir, "metrics.json"))
     if "agvm/noise_scale/model" not in series:
         raise ValueError(
@@ -77,17 +87,26 @@ def read_run(output_dir: str, base: int | None = None) -> Measured:
             "measured, or all was noise. Train with AGVM.ENABLED True (AGVM.MODE monitor is "
             "enough), and two workers or micro-batches."
         )
+    progress = dict(zip(*series.get("agvm/progress", ((), ())), strict=True))
     noise = {}
     for name in modules_of(series, "noise_scale"):
-        iterations, images = (np.array(a) for a in series[f"agvm/noise_scale/{name}"])
-        where = np.interp(iterations, *series["agvm/progress"]) if follows else iterations
-        noise[name] = (where / max_iter, np.maximum(images, 1e-3))
-    return Measured(base, max_iter if follows else round(max_iter * batch / base), noise)
+        images = dict(zip(*series[f"agvm/noise_scale/{name}"], strict=True))
+        # Measured, but without a noise scale: the gradient was drowned by it.
+        points = sorted((progress[i] if follows else i, images.get(i, np.inf)) for i in progress)
+        if not points:
+            raise ValueError(f"{output_dir} has no agvm/progress: it is a run of version 0.1.")
+        share, scale = np.array(points).T
+        noise[name] = (share / max_iter, np.where(np.isnan(scale), np.inf, scale))
+    return Measured(base, round(max_iter * own / base), noise)
 
 
-def gain_of(noise: float, base: int, batch: int) -> float:
-    """(1 + B/base)/(1 + B/batch), B the noise scale in images: `variance.lr_gain`, of averages."""
-    return (1 + noise / base) / (1 + noise / batch)
+def gain_of(signal: float, base: int, batch: int) -> float:
+    """(1 + B/base)/(1 + B/batch) of the noise scale B = 1/signal: `variance.lr_gain`, of averages.
+
+    >>> gain_of(1 / 48, base=16, batch=64)  # 4 / 1.75
+    2.285714285714286
+    """
+    return (signal + 1 / base) / (signal + 1 / batch)
 
 
 def predict(measured: Measured, batch: int) -> Row:
@@ -100,11 +119,11 @@ def predict(measured: Measured, batch: int) -> Row:
     if batch < measured.base:
         raise ValueError(f"--batches: {batch} is below the base batch, {measured.base} images.")
     share, noise = measured.noise["model"]
-    log_noise, total = np.log(noise), measured.iterations
+    signal, total = 1 / noise, measured.iterations
     progress, gain, iteration = 0.0, 1.0, 0
     while progress < total:
         if iteration % INTERVAL == 0:
-            now = float(np.exp(np.interp(progress / total, share, log_noise)))
+            now = float(np.interp(progress / total, share, signal))
             gain = MOMENTUM * gain + (1 - MOMENTUM) * gain_of(now, measured.base, batch)
         progress += gain
         iteration += 1

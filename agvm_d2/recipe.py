@@ -32,7 +32,12 @@ class Baseline(NamedTuple):
     steps: tuple[int, ...] = ()  # none in a LazyConfig, where drops are shares of training
     checkpoint_period: int = 5000
     adam: bool = False
-    lazy: bool = False  # a LazyConfig
+    agvm: dict | None = None  # a LazyConfig's
+
+    @property
+    def lazy(self) -> bool:
+        """A LazyConfig's?"""
+        return self.agvm is not None
 
 
 def recipe(base: Baseline, batch: int, scaling: str | None = None) -> dict[str, dict]:
@@ -51,7 +56,7 @@ def recipe(base: Baseline, batch: int, scaling: str | None = None) -> dict[str, 
         if batch < base.batch:
             raise ValueError(f"--batch-size {batch}: is below {base.batch}, the config's own")
         agvm = {"ENABLED": True, "RULE": "gain", "SCHEDULE": "gain", "BASE_BATCH_SIZE": base.batch}
-        agvm |= {"INTERVAL": INTERVAL, "MOMENTUM": MOMENTUM}
+        agvm |= {"MODE": "modulate", "INTERVAL": INTERVAL, "MOMENTUM": MOMENTUM, "START_ITER": -1}
         return {"SOLVER": {"IMS_PER_BATCH": batch}, "AGVM": agvm}
     if scaling is None:
         scaling = "sqrt" if base.adam else "linear-sqrt"
@@ -101,13 +106,17 @@ def as_yaml(keys: dict) -> str:
     return yaml.safe_dump(texts(keys), sort_keys=False).replace("'", "")
 
 
-def as_python(keys: dict) -> str:
-    """To paste below a LazyConfig; its schedule is in shares of training, and stays but for the
-    length of warm-up."""
+def as_python(keys: dict, agvm: dict) -> str:
+    """To paste below a LazyConfig; its schedule is in shares of training, and stays but for
+    warm-up.
+
+    Args:
+        agvm: the config's own.
+    """
     solver = dict(keys["SOLVER"])
     lines = {
         "dataloader.train.total_batch_size": solver["IMS_PER_BATCH"],
-        "agvm": {name.lower(): value for name, value in keys["AGVM"].items()},
+        "agvm": {**agvm, **{name.lower(): value for name, value in keys["AGVM"].items()}},
     }
     if "MAX_ITER" in solver:
         clip = {k.lower(): v for k, v in solver["CLIP_GRADIENTS"].items() if k != "ENABLED"}
@@ -172,7 +181,8 @@ def of_lazyconfig(cfg: DictConfig, path: str) -> Baseline:
     period = OmegaConf.select(cfg, "train.checkpointer.period", default=5000)
     adam = any(name in str(cfg.optimizer.get("_target_")).lower() for name in ("adam", "lamb"))
     batch, lr, max_iter = found
-    return Baseline(batch, lr, max_iter, checkpoint_period=period, adam=adam, lazy=True)
+    agvm: Any = OmegaConf.to_container(cfg.get("agvm") or OmegaConf.create({}))
+    return Baseline(batch, lr, max_iter, (), period, adam, agvm)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -211,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
         "# AGVM compares the gradients of workers or of micro-batches: with one GPU set\n"
         f"# {micro} to what fits into its memory. {period} is not changed."
     )
-    print(as_python(keys) if base.lazy else as_yaml(keys), end="")
+    print(as_yaml(keys) if base.agvm is None else as_python(keys, base.agvm), end="")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ def measured(noise, iterations=16_000, base=16):
     return plan.Measured(base, iterations, {"model": (share, np.array(noise, dtype=float))})
 
 
-@pytest.mark.parametrize("noise, gain", [(1e-6, 1), (48, 16 / 7), (1e9, 4)])
+@pytest.mark.parametrize("noise, gain", [(1e-6, 1), (48, 16 / 7), (1e9, 4), (np.inf, 4)])
 def test_one_noise_scale_gives_one_gain(noise, gain):
     # (1 + 48/16)/(1 + 48/64) = 16/7; all signal 1; all noise 64/16.
-    assert plan.gain_of(noise, 16, 64) == pytest.approx(gain)
+    assert plan.gain_of(1 / noise, 16, 64) == pytest.approx(gain)
     row = plan.predict(measured([noise]), 64)
     # The gain's average starts at 1: each of the first measurements is late by 5 iterations x
     # 0.9/(1 - 0.9) of them, so 45 (gain - 1) of progress is missing.
@@ -80,23 +80,35 @@ ROWS = [
 
 
 @pytest.mark.parametrize(
-    "mode, rule, schedule, base, iterations, share",
+    "mode, rule, schedule, asked, base, iterations, share",
     [
         # A monitored run at its own batch, of 1,000 iterations.
-        ("monitor", "variance", "iterations", 64, 1000, [0.1, 0.3]),
+        ("monitor", "variance", "iterations", None, 64, 1000, [0.1, 0.3]),
         # As many images as 64 x 1,000, at 16; the schedule was that of iterations.
-        ("modulate", "gain", "iterations", 16, 4000, [0.1, 0.3]),
-        ("monitor", "gain", "gain", 16, 4000, [0.1, 0.3]),
+        ("modulate", "gain", "iterations", None, 16, 4000, [0.1, 0.3]),
+        ("modulate", "variance", "iterations", 32, 32, 2000, [0.1, 0.3]),
+        # MAX_ITER is the base batch's; the learning rate's schedule was that of iterations.
+        ("monitor", "gain", "gain", None, 16, 1000, [0.1, 0.3]),
         # The schedule was that of progress.
-        ("modulate", "gain", "gain", 16, 1000, [0.2, 0.8]),
+        ("modulate", "gain", "gain", None, 16, 1000, [0.2, 0.8]),
+        ("modulate", "gain", "gain", 32, 32, 500, [0.2, 0.8]),
     ],
 )
-def test_what_a_run_says(mode, rule, schedule, base, iterations, share, tmp_path):
+def test_what_a_run_says(mode, rule, schedule, asked, base, iterations, share, tmp_path):
     text = YAML.format(batch=64, max_iter=1000, mode=mode, rule=rule, schedule=schedule)
-    found = plan.read_run(write(tmp_path, text, ROWS))
+    found = plan.read_run(write(tmp_path, text, ROWS), asked)
     assert (found.base, found.iterations) == (base, iterations)
     assert found.noise["model"][0].tolist() == share
     assert found.noise["model"][1].tolist() == [10, 20] and found.noise["fpn"][1][0] == 5
+
+
+def test_a_measurement_without_a_noise_scale_was_all_noise(tmp_path):
+    text = YAML.format(batch=16, max_iter=1000, mode="monitor", rule="variance", schedule="x")
+    rows = [{"iteration": 200, "agvm/progress": 1.0}, {"iteration": 400, "total_loss": 1.0}]
+    rows += [{"iteration": 900, "agvm/progress": 1.0, "agvm/noise_scale/model": float("nan")}]
+    share, images = plan.read_run(write(tmp_path, text, [*ROWS, *rows])).noise["model"]
+    assert share.tolist() == [0.1, 0.2, 0.3, 0.9]
+    assert images.tolist() == [10, np.inf, 20, np.inf]
 
 
 def test_a_lazyconfigs_run(tmp_path):
@@ -127,7 +139,12 @@ def test_the_command(capsys, tmp_path):
         (["run", "--batches", "64", "--gpus", "-1"], "--gpus: found"),
         (["run", "--batches", "64", "--images-per-second", "-1"], "--images-per-second: found"),
         (["empty", "--batches", "64"], "has no agvm/noise_scale/model"),
-        (["keyless", "--batches", "64"], "config.yaml has no SOLVER.IMS_PER_BATCH"),
+        (
+            ["keyless", "--batches", "64"],
+            "SOLVER.IMS_PER_BATCH (dataloader.train.total_batch_size): found None",
+        ),
+        (["zero", "--batches", "64"], "SOLVER.MAX_ITER (train.max_iter): found 0"),
+        (["old", "--batches", "64"], "has no agvm/progress"),
     ],
 )
 def test_bad_arguments(args, message, tmp_path, monkeypatch):
@@ -136,5 +153,7 @@ def test_bad_arguments(args, message, tmp_path, monkeypatch):
     write(tmp_path / "run", text, ROWS)
     write(tmp_path / "empty", text, [{"iteration": 1, "total_loss": 1.0}])
     write(tmp_path / "keyless", "SOLVER: {MAX_ITER: 3}", ROWS)
+    write(tmp_path / "zero", text.replace("MAX_ITER: 1000", "MAX_ITER: 0"), ROWS)
+    write(tmp_path / "old", text, [{"iteration": 1, "agvm/noise_scale/model": 3.0}])
     with pytest.raises(SystemExit, match=re.escape(message)):
         plan.main(args)

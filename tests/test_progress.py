@@ -21,9 +21,11 @@ def test_the_models_gain_is_that_of_the_sums():
     progress = Progress(modules=2, base_share=1 / 4, momentum=0.0)
     progress.update(moments([4.0, 4.0], [1.0, 4.0]))
     assert progress.gains.tolist() == pytest.approx([4.0, 1.0, 8 / 5])
-    progress.advance()
+    progress.advance(raised=True)
     progress.advance(raised=False)
-    assert progress.iterations == pytest.approx(8 / 5 + 1)
+    progress.advance(raised=False, possible=False)
+    assert progress.iterations == pytest.approx(8 / 5 + 2)
+    assert progress.possible == pytest.approx(16 / 5 + 1)
 
 
 def test_the_gains_average_starts_at_one():
@@ -58,14 +60,14 @@ def test_at_the_base_batch_a_step_is_a_step():
     progress = Progress(modules=1, base_share=1.0, momentum=0.5)
     for mean_sq in (0.01, 0.5, 1.0):
         progress.update(moments([1.0], [mean_sq]))
-        progress.advance()
+        progress.advance(raised=True)
     assert progress.iterations == 3
 
 
 def test_its_state_goes_on_and_with_another_ratio_at_gains_of_one():
     progress = Progress(modules=1, base_share=1 / 4, momentum=0.5)
     progress.update(moments([4.0], [1.0]))
-    progress.advance()
+    progress.advance(raised=True)
     same, other = Progress(1, 1 / 4, 0.5), Progress(1, 1 / 2, 0.5)
     for new in (same, other):
         new.load_state_dict(progress.state_dict())
@@ -100,6 +102,7 @@ def test_the_rates_are_those_after_so_many_steps():
         lambda o: torch_schedulers.MultiStepLR(o, [3, 5]),
         lambda o: torch_schedulers.ExponentialLR(o, 0.9),
         lambda o: torch_schedulers.CosineAnnealingLR(o, 10),
+        lambda o: torch_schedulers.CosineAnnealingWarmRestarts(o, 10),
         lambda o: torch_schedulers.LambdaLR(o, lambda i: [1.0, 0.5, 0.1][i]),
         lambda o: torch_schedulers.ReduceLROnPlateau(o),
         lambda o: torch_schedulers.SequentialLR(
@@ -110,7 +113,16 @@ def test_the_rates_are_those_after_so_many_steps():
 def test_a_scheduler_that_counts_one_by_one_is_refused_and_left_alone(make):
     sgd = optimizer()
     scheduler = make(sgd)
-    before = [group["lr"] for group in sgd.param_groups], scheduler.last_epoch
+    before = [group["lr"] for group in sgd.param_groups], dict(vars(scheduler))
     with pytest.raises(ValueError, match=f"AGVM.SCHEDULE gain: .* {type(scheduler).__name__}"):
         check_scheduler(scheduler)
-    assert ([group["lr"] for group in sgd.param_groups], scheduler.last_epoch) == before
+    assert ([group["lr"] for group in sgd.param_groups], dict(vars(scheduler))) == before
+
+
+def test_an_object_that_is_no_scheduler_of_torchs():
+    class Duck:
+        def step(self):
+            pass
+
+    with pytest.raises(ValueError, match="AGVM.SCHEDULE gain: the LR scheduler Duck"):
+        check_scheduler(Duck())

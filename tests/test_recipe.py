@@ -79,9 +79,10 @@ def test_a_lazyconfig_takes_what_is_printed(capsys, tmp_path):
         lazy.check(cfg, 1)
         before = recipe.read_baseline(VITDET)
         assert before.lazy and before.adam
+        assert {*before.agvm} <= {*cfg.agvm}  # what the config had, such as modules
         assert cfg.dataloader.train.total_batch_size == 64
         if rule == "gain":
-            assert recipe.of_lazyconfig(cfg, path) == before._replace(batch=64)
+            assert recipe.of_lazyconfig(cfg, path)[1:5] == before[1:5]
             assert cfg.agvm.schedule == "gain" and cfg.agvm.base_batch_size == before.batch
         else:
             scale = before.batch / 64

@@ -9,9 +9,24 @@ from detectron2.engine import HookBase, TrainerBase, hooks
 
 from ..agvm import AGVM, NO_PROGRESS
 
+# Hooks that ask which iteration is the last.
+ASK = (
+    hooks.PreciseBN,
+    hooks.PeriodicCheckpointer,
+    hooks.EvalHook,
+    hooks.BestCheckpointer,
+    hooks.PeriodicWriter,
+)
+
 
 class TrainingDone(BaseException):
     """Ends a trainer's loop of iterations; no Exception, which Detectron2 would log as a fault."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "AGVM.SCHEDULE gain: training is done, and this loop does not know. Call it within "
+            "agvm_d2.d2.gain_schedule.ends_when_done()."
+        )
 
 
 @contextlib.contextmanager
@@ -35,8 +50,8 @@ class GainSchedule:
     """Lets AGVM's progress move a trainer's LR schedulers, and end its training.
 
     When it is done in iteration i, all hooks see `max_iter` i + 1 from then on, so that the last
-    evaluation and checkpoint are made as ever; `before_step` of the next iteration raises
-    `TrainingDone`.
+    evaluation and checkpoint are made as ever; `before_step` of the next iteration, which hooks
+    registered earlier still see, raises `TrainingDone`.
 
     Args:
         agvm: whose progress.
@@ -47,7 +62,9 @@ class GainSchedule:
     def __init__(self, agvm: AGVM, hook: HookBase, resumed: bool):
         self._agvm, self._trainer = agvm, hook.trainer
         agvm.max_iter = self._max_iter = self._trainer.max_iter
-        if self._trainer.start_iter and not resumed:
+        if not self._trainer.start_iter:
+            agvm.restart()
+        elif not resumed and not agvm.progress:
             raise ValueError(NO_PROGRESS)
         start = agvm.modulator.start_iter
         if start >= self._max_iter:
@@ -60,9 +77,7 @@ class GainSchedule:
         for other in self._hooks:
             if other is hook:
                 break
-            if isinstance(
-                other, (hooks.PeriodicCheckpointer, hooks.EvalHook, hooks.PeriodicWriter)
-            ):
+            if isinstance(other, ASK):
                 raise ValueError(
                     "AGVM.SCHEDULE gain: AGVMHook is registered after "
                     f"{type(other).__name__}, which then cannot know which iteration is the last. "

@@ -49,13 +49,15 @@ HOLDS: tuple[tuple[str, str, str], ...] = (
         r"AGVM\.(RULE|ANCHOR|RATIO_RANGE|BASE_BATCH_SIZE)"
         r"|agvm\.(rule|anchor|ratio_range|base_batch_size)",
         "new",
-        "the factors were made with the saved one and start at 1 again",
+        "the factors were made with the saved one and start at 1 again; progress counts on as it "
+        "is",
     ),
     (r"AGVM\.ESTIMATOR|agvm\.estimator", "new", "the noise scale is averaged anew"),
     (
         r"AGVM\.SCHEDULE|agvm\.schedule",
         "new",
-        "the learning rate and the end are those of its count; progress was counted from the start",
+        "the learning rate and the end are those of its count; steps without the gain's learning "
+        "rates have counted 1",
     ),
     (
         r"SOLVER\.(BASE_LR.*|STEPS|GAMMA|WARMUP_.*|MAX_ITER|NUM_DECAYS|LR_SCHEDULER_NAME"

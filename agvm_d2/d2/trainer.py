@@ -33,7 +33,7 @@ from ..solver import build_lr_scheduler, unsplit_optimizer
 from .agreement import AgreementHook, check_agreement, code, flat
 from .checkpoint import AtomicCheckpointer
 from .checks import check_config, check_tta
-from .gain_schedule import ends_when_done
+from .gain_schedule import TrainingDone, ends_when_done
 from .hook import AGVMHook
 from .loader import build_train_loader
 from .micro_batches import micro_batches
@@ -235,14 +235,18 @@ class AGVMTrainerMixin(_Trainer):
 
     def train(self) -> Any:
         try:
-            with ends_when_done():
+            with contextlib.suppress(TrainingDone), ends_when_done():
                 return super().train()
+            return None  # a loop of the project's own, which the exception has ended
         finally:
             if self._record:
                 self._record.release()
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
+        if isinstance(getattr(self.scheduler, "last_epoch", None), float):
+            # Saved by AGVM.SCHEDULE gain, which sets it to its progress if it goes on.
+            self.scheduler.last_epoch = self.iter + 1
         # A checkpoint saved without AGVM has fewer learning rates: one for each group unsplit.
         groups = self._trainer.optimizer.param_groups
         if hasattr(self.scheduler, "base_lrs") and len(self.scheduler.base_lrs) != len(groups):

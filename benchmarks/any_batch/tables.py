@@ -81,9 +81,8 @@ def measured(row: dict) -> Measured:
     share = np.array(curves["iteration"]) / row["took"]
     noise = {}
     for name in (key for key in curves if key.startswith("noise_scale/")):
-        images = np.array([np.nan if v is None else v for v in curves[name]])
-        known = ~np.isnan(images)
-        noise[name.removeprefix("noise_scale/")] = (share[known], images[known])
+        images = np.array([np.inf if v is None else v for v in curves[name]])
+        noise[name.removeprefix("noise_scale/")] = (share, images)
     return Measured(row["batch"], row["iterations"], noise)
 
 

@@ -2,18 +2,21 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import pytest
 import reference
 import torch
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, hooks
 from detectron2.solver import build_lr_scheduler as d2_build_lr_scheduler
+from detectron2.utils.events import EventStorage
 from fvcore.common.param_scheduler import LinearParamScheduler
 from toy import ToyDetector, vectors
 from toy_d2 import ToyLoader, ToyTrainer, agvm_hook, toy_config, train, weights
 
-from agvm_d2 import AGVMHook, split_param_groups
+from agvm_d2 import AGVMHook, AGVMTrainerMixin, split_param_groups
 from agvm_d2.d2.gain_schedule import TrainingDone, ends_when_done
 from agvm_d2.d2.micro_batches import MicroBatchTrainer
 
@@ -223,6 +226,141 @@ def resumed(folder):
     return trainer.start_iter, watch.progress
 
 
+# Resumes with other keys
+
+
+def half(folder, **options):
+    """A checkpoint after 5 iterations, and their progress."""
+    _, watch = run(folder, SOLVER__CHECKPOINT_PERIOD=5, **options)
+    (folder / "last_checkpoint").write_text("model_0000004.pth")
+    return watch.progress[4]
+
+
+@pytest.mark.parametrize("options", [{"AGVM__SCHEDULE": "iterations"}, {"AGVM__MODE": "monitor"}])
+def test_a_schedule_that_is_iterations_again_counts_them(options, tmp_path):
+    assert half(tmp_path) > 6
+    trainer, watch = run(tmp_path, True, **options)
+    assert trainer.iter == 40 and len(watch.lrs) == 35
+    stock = [0.05 * trainer.scheduler._multiplier(i / 40) for i in range(5, 40)]
+    assert watch.lrs == pytest.approx(stock)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"AGVM__MODE": "monitor"},
+        {"AGVM__RULE": "variance", "AGVM__SCHEDULE": "iterations", "AGVM__START_ITER": 0},
+    ],
+)
+def test_steps_without_the_gains_learning_rates_have_counted_one(options, tmp_path):
+    assert half(tmp_path, **options) > 5.5  # what it could have been
+    _, watch = run(tmp_path, True)
+    assert 6 <= watch.progress[0] < 10 and watch.progress[-1] >= 40
+    assert watch.lrs[0] == pytest.approx(0.05 * (1 / 6 * 0.001 + 5 / 6))  # warm-up at 5 of 6
+
+
+def test_a_finished_run_and_a_smaller_max_iter(tmp_path):
+    first, _ = run(tmp_path)
+    trainer, watch = run(tmp_path, True, SOLVER__MAX_ITER=30, SOLVER__STEPS=(20,))
+    assert watch.progress == [] and trainer.iter == first.iter
+
+
+# Iterations that take no step, or several
+
+
+def with_steps(steps_of):
+    """A trainer whose optimizer takes `steps_of(iteration)` steps when it is asked for one."""
+
+    class Steps(ToyTrainer):
+        def build_hooks(self):
+            step = self.optimizer.step  # with torch's hooks
+
+            def several():
+                for _ in range(steps_of(self.iter)):
+                    step()
+
+            self.optimizer.step = several
+            return super().build_hooks()
+
+    return Steps
+
+
+@pytest.mark.parametrize("steps_of", [lambda i: i % 2, lambda i: 2], ids=["every second", "two"])
+def test_at_the_base_batch_an_iteration_is_one_whatever_steps_it_takes(steps_of, tmp_path):
+    options = {"AGVM__BASE_BATCH_SIZE": 8}
+    trainer, watch = run(tmp_path, cls=with_steps(steps_of), **options)
+    assert watch.progress == list(range(1, 41)) and trainer.iter == 40
+    assert watch.lrs == [0.05 * trainer.scheduler._multiplier(i / 40) for i in range(40)]
+
+
+def test_a_resume_after_an_iteration_without_a_step_has_the_same_bits(tmp_path):
+    options = {"SOLVER__LR_SCHEDULER_NAME": "WarmupCosineLR", "SOLVER__CHECKPOINT_PERIOD": 1}
+    cls = with_steps(lambda i: i not in (3, 4))  # as a GradScaler skips
+    whole, watch = run(tmp_path / "a", cls=cls, **options)
+    (tmp_path / "b").mkdir()
+    shutil.copy(tmp_path / "a" / "model_0000004.pth", tmp_path / "b")
+    (tmp_path / "b" / "last_checkpoint").write_text("model_0000004.pth")
+
+    class Resumed(cls, Continued):
+        start = 5
+
+    again, watched = run(tmp_path / "b", True, Resumed, **options)
+    assert watched.lrs == watch.lrs[5:] and watched.progress == watch.progress[5:]
+    assert all(torch.equal(v, weights(again)[key]) for key, v in weights(whole).items())
+
+
+def test_no_step_in_the_last_iteration(tmp_path):
+    end = run(tmp_path / "a")[0].iter
+    trainer, watch = run(tmp_path / "b", cls=with_steps(lambda i: i != end - 1))
+    assert end <= trainer.iter <= end + 1 and watch.progress[-1] >= 40
+
+
+def test_a_step_that_is_left_out_for_a_nan_counts_one(tmp_path):
+    class Poisoned(ToyLoader):
+        def __iter__(self):
+            for i, data in enumerate(super().__iter__()):
+                if i in (6, 7):
+                    data[0]["image"] *= math.nan
+                yield data
+
+    class Skipping(ToyTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return Poisoned(cfg.SOLVER.IMS_PER_BATCH)
+
+    _, watch = run(tmp_path, cls=Skipping, SOLVER__ON_NONFINITE="skip")
+    made = [b - a for a, b in zip(watch.progress, watch.progress[1:])]
+    assert made[5:7] == pytest.approx([1, 1]) and made[4] > 1.1 < made[7]
+
+
+def test_behind_stop_iter_the_eta_counts_one_for_each(tmp_path):
+    trainer, watch = run(tmp_path, AGVM__STOP_ITER=5)
+    assert watch.progress[-1] - watch.progress[4] == pytest.approx(trainer.iter - 5)
+    assert agvm_hook(trainer).agvm.gain == 1
+
+
+# Signals
+
+
+def test_a_signal_in_the_last_iteration_saves_nothing_twice(tmp_path):
+    end = run(tmp_path / "a")[0].iter
+
+    class Signalled(ToyTrainer):
+        def build_hooks(self):
+            def signal_in_the_last(trainer):
+                if trainer.iter == end - 1:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+
+            return [*super().build_hooks(), hooks.CallbackHook(after_step=signal_in_the_last)]
+
+    with pytest.raises(SystemExit) as left:
+        run(tmp_path / "b", cls=Signalled)
+    assert left.value.code == 75
+    assert [path.name for path in (tmp_path / "b").glob("*.pth")] == ["model_final.pth"]
+    again, watched = run(tmp_path / "b", True)
+    assert watched.progress == [] and again.iter == end
+
+
 # Trainers without the mixin
 
 
@@ -243,16 +381,51 @@ def simple(tmp_path, order=("lr", "agvm", "save"), scheduler=None, max_iter=40):
 
 
 def test_a_simple_trainer(tmp_path):
-    trainer, agvm, max_iter = simple(tmp_path)
+    trainer, agvm, max_iter = simple(tmp_path, ("lr", "agvm"))
     with ends_when_done():
         trainer.train(0, max_iter)
     assert agvm.progress >= 40 and trainer.iter == trainer.max_iter < 40
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.005, rel=1e-3)
 
+    first = trainer.iter
+    with ends_when_done():  # once more, from the weights that there are
+        trainer.train(0, max_iter)
+    assert trainer.iter == trainer.max_iter > first // 2 and len(agvm.schedulers) == 1
+
     trainer, agvm, max_iter = simple(tmp_path)
-    with pytest.raises(TrainingDone):  # never an end that nobody sees
+    with pytest.raises(TrainingDone, match="Call it within .*ends_when_done"):  # never unseen
         trainer.train(0, max_iter)
     assert SimpleTrainer.train is DefaultTrainer.__mro__[1].train  # as it was
+
+
+class OwnLoop(DefaultTrainer):
+    """As in forks of Detectron2."""
+
+    build_model = ToyTrainer.build_model
+    build_train_loader = ToyTrainer.build_train_loader
+
+    def train(self):
+        self.iter = self.start_iter
+        with EventStorage(0) as self.storage:
+            try:
+                self.before_train()
+                for i in range(self.start_iter, self.max_iter):
+                    self.iter = i
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+            finally:
+                self.after_train()
+
+
+class MixedOwnLoop(AGVMTrainerMixin, OwnLoop):
+    pass
+
+
+def test_a_loop_of_the_projects_own(tmp_path):
+    end = run(tmp_path / "a")[0].iter
+    assert run(tmp_path / "b", cls=MixedOwnLoop)[0].iter == end
+    assert (tmp_path / "b" / "model_final.pth").exists()
 
 
 # What cannot be
