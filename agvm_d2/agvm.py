@@ -3,6 +3,7 @@ learning rate inside `optimizer.step`. Knows nothing of Detectron2."""
 
 from __future__ import annotations
 import logging
+import math
 from typing import Any
 import torch
 import torch.distributed as dist
@@ -15,10 +16,17 @@ from .moments import BucketTap, CommHook, GradientTap, TensorTap
 from .norms import Modules
 from .param_groups import module_of_groups, require_hooks
 from .precondition import Precondition, preconditioner
+from .progress import Progress, check_scheduler, set_position
 from .rules import RULES
 from .settings import Settings
 
 logger = logging.getLogger("detectron2.agvm_d2")  # takes Detectron2's handlers where it is used
+
+NO_PROGRESS = (
+    "AGVM.SCHEDULE gain: the checkpoint was saved without AGVM, or by version 0.1, and does not "
+    "say how many iterations of the base batch its steps are worth. Resume with AGVM.SCHEDULE "
+    "iterations, or start anew from these weights, without --resume."
+)
 
 
 class AGVM:
@@ -36,6 +44,9 @@ class AGVM:
     `modulator` holds the factors, `measured` says whether the last iteration was measured, and
     `num_units` is K, the gradients that an iteration compares: workers x micro-batches.
 
+    With `schedule="gain"` the learning rates and the end of training are those of
+    `base_batch_size`, and progress decides on both: `follow(scheduler)`, and `while not agvm.done`.
+
     Args:
         model: the model being trained; with several workers, inside DistributedDataParallel.
         optimizer: its optimizer, each group of one module (`split_param_groups`).
@@ -43,13 +54,14 @@ class AGVM:
         micro_batches: backward passes of one worker in one iteration.
         batch_size: images of one iteration over all workers. Without it there is no gain, and
             the noise scale is NaN.
+        max_iter: iterations of training; with `schedule="gain"`, those of the base batch.
         comm_hook: (state, hook), DDP's communication hook to run under the measurement, such as
             (None, default_hooks.fp16_compress_hook); DDP takes only one, so give it here.
 
     Raises:
         TypeError: an optimizer without hooks.
         ValueError: a bad module pattern or anchor, a group of several modules, a bad setting, a
-            gain without `batch_size`.
+            gain without `batch_size`; `schedule="gain"` with a batch below the base's.
     """
 
     def __init__(
@@ -60,12 +72,14 @@ class AGVM:
         *,
         micro_batches: int = 1,
         batch_size: int | None = None,
+        max_iter: int | None = None,
         comm_hook: CommHook | None = None,
     ):
         require_hooks(optimizer)
         self.settings = settings = (settings or Settings()).check()
         self.model, self.optimizer = model, optimizer
         self.micro_batches, self.batch_size = micro_batches, batch_size
+        self.max_iter = max_iter
         self.modules = assign_modules(model, settings.modules)
         workers = dist.get_world_size() if dist.is_initialized() else 1
         self.num_units = workers * micro_batches
@@ -78,31 +92,47 @@ class AGVM:
             max(settings.start_iter, 0),
             settings.stop_iter,
         )
+        share = settings.base_batch_size / (batch_size or settings.base_batch_size)
+        if settings.by_gain and share > 1:
+            raise ValueError(
+                f"AGVM.SCHEDULE gain: a batch of {batch_size} images is below AGVM.BASE_BATCH_SIZE "
+                f"{settings.base_batch_size}, for which SOLVER.BASE_LR, MAX_ITER and STEPS are. "
+                "Set SOLVER.IMS_PER_BATCH to as many or more."
+            )
+        self._progress = Progress(len(names), share, settings.momentum)
+        self.schedulers: list[Any] = []  # those that follow progress
         self.measured = False
         self.tap: GradientTap | None = None
         self._comm_hook = comm_hook
         self._group_module = module_of_groups(optimizer, self.modules)
         self._handles: list[Any] = []
-        self._iteration = self._depth = 0
+        self._iteration, self._depth = -1, 0
+        self._counted = True  # in progress
         self._wanted = self._warned = False  # a measurement; a warning has been given
         self._rehearsal = True
         self._saved_lrs: list[Any] | None = None
 
     def attach(self) -> bool:
         """Listen to DDP and the optimizer, as the first `begin` does; False, with a warning, where
-        an iteration has only one gradient and so no variance. ValueError: see `build_tap`."""
+        an iteration has only one gradient and so no variance; ValueError, where that decides on the
+        schedule. See also `build_tap`."""
         if not self._handles:
             self._handles = [
                 self.optimizer.register_step_pre_hook(self._before_optimizer_step),
                 self.optimizer.register_step_post_hook(self._after_optimizer_step),
             ]
             if self.num_units < 2:
-                logger.warning(
+                needs = (
                     "AGVM needs at least two gradients in an iteration to measure a variance, but "
-                    "there is one worker and one micro-batch: training goes on with factors of 1. "
+                    "there is one worker and one micro-batch"
+                )
+                way_out = (
                     "Use two or more workers (--num-gpus 2), or set SOLVER.MICRO_BATCH_SIZE below "
                     "SOLVER.IMS_PER_BATCH."
                 )
+                if self.settings.by_gain:
+                    raise ValueError(f"AGVM.SCHEDULE gain: {needs}. {way_out}")
+                logger.warning(f"{needs}: training goes on with factors of 1. {way_out}")
             elif self.tap is None:
                 self.tap = build_tap(
                     self.model,
@@ -133,6 +163,9 @@ class AGVM:
         """
         self.attach()
         self._iteration, self._depth, self.measured = iteration, 0, False
+        self._counted = False
+        for scheduler in self.schedulers:  # where it steps to if this iteration takes no step
+            scheduler.last_epoch = self._position(self._progress.iterations + 1) - 1
         self._wanted = self.modulator.active(iteration) and (
             self._wanted or self.modulator.due(iteration)
         )
@@ -184,6 +217,10 @@ class AGVM:
         self._depth -= 1
         if self._depth == 0:
             self._restore_lrs()
+            groups = self.optimizer.param_groups  # without gradients where the step was left out
+            self._count(any(p.grad is not None for group in groups for p in group["params"]))
+            for scheduler in self.schedulers:  # its own step, which comes next, adds one
+                scheduler.last_epoch = self._position(self._progress.iterations) - 1
 
     def _restore_lrs(self) -> None:
         if self._saved_lrs is not None:
@@ -191,8 +228,64 @@ class AGVM:
                 group["lr"] = lr
             self._saved_lrs = None
 
+    def follow(self, scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+        """Let the LR scheduler, which is stepped after each iteration, count progress; after a
+        resume, too. Nothing with `schedule="iterations"`.
+
+        Raises:
+            ValueError: its rates do not follow from `last_epoch` alone.
+        """
+        if self.settings.by_gain:
+            check_scheduler(scheduler)
+            set_position(scheduler, self._position(self._progress.iterations))
+            if scheduler not in self.schedulers:
+                self.schedulers.append(scheduler)
+
+    def _position(self, progress: float) -> float:
+        """Of the LR schedule."""
+        end = math.inf if self.max_iter is None else self.max_iter
+        return min(progress, end * (1 - 1e-5))  # a few of fvcore's have no end
+
+    def _count(self, stepped: bool) -> None:
+        """Progress of this iteration, once. One without a step counts as it would at the base
+        batch, 1; so do iterations over which a project accumulates."""
+        if not self._counted:
+            self._counted = True
+            possible = stepped and self.modulator.active(self._iteration)
+            gains = self.settings.mode == "modulate" and self.settings.rule != "variance"
+            self._progress.advance(possible and gains, possible)
+
+    def restart(self) -> None:
+        """Progress is 0 again, for training that begins anew."""
+        self._progress.iterations = self._progress.possible = 0.0
+
+    @property
+    def progress(self) -> float:
+        """Iterations of the base batch that those made are worth. Where the schedule does not
+        follow it, what they could be worth with the gain's learning rates."""
+        progress = self._progress
+        return progress.iterations if self.settings.by_gain else progress.possible
+
+    @property
+    def gain(self) -> float:
+        """Iterations of the base batch that a step is, or could be, worth now."""
+        return self._progress.gain if self.modulator.active(max(self._iteration, 0)) else 1.0
+
+    @property
+    def done(self) -> bool:
+        """Is training at its end, `max_iter`?
+
+        Raises:
+            ValueError: there is no `max_iter`.
+        """
+        if self.max_iter is None:
+            raise ValueError("AGVM.done needs max_iter, the iterations of training.")
+        position = self._progress.iterations if self.settings.by_gain else 0.0
+        return max(position, self._iteration + 1.0) >= self.max_iter
+
     def end(self) -> None:
         """The iteration ended."""
+        self._count(stepped=False)
         self._collect(stepping=False)
         if self.tap is not None:
             self.tap.stop()
@@ -209,6 +302,7 @@ class AGVM:
         moments = self.tap.collect()
         if moments is not None:
             self.modulator.update(moments)
+            self._progress.update(moments)
             self.measured, self._wanted = True, False
             accumulates = not stepping and bool(moments.mean_sq.isfinite().all())
         if (moments is None or accumulates) and not self._warned:
@@ -257,13 +351,18 @@ class AGVM:
 
     def scalars(self) -> dict[str, float]:
         """agvm/KIND/MODULE -> value of the last measurement, without what was not measurable."""
-        m = self.modulator
+        m, p = self.modulator, self._progress
         kinds = {
             "variance": dict(zip(m.names, m.variance.tolist(), strict=True)),
             "lr_scale": dict(zip(m.names, m.factors.tolist(), strict=True)),
             "noise_scale": m.noise_scale(self.batch_size),
         }
         named = {f"agvm/{kind}/{n}": v for kind, values in kinds.items() for n, v in values.items()}
+        if self.batch_size and m.num_units:
+            gains = zip([*m.names, "model"], p.gains.tolist(), strict=True)
+            named.update(
+                {f"agvm/gain/{n}": v for n, v in gains}, **{"agvm/progress": self.progress}
+            )
         return {name: value for name, value in named.items() if value == value}  # not NaN
 
     def _rule(self) -> dict[str, Any]:
@@ -283,17 +382,29 @@ class AGVM:
         return {"images": images, "estimator": self.settings.estimator}
 
     def state_dict(self) -> dict:
-        """What `load_state_dict` takes: the factors and the averages behind the noise scale."""
-        return {**self.modulator.state_dict(), "rule": self._rule(), "unit": self._unit()}
+        """What `load_state_dict` takes: the factors, the averages behind the noise scale, and
+        progress."""
+        parts = {
+            "rule": self._rule(),
+            "unit": self._unit(),
+            "progress": self._progress.state_dict(),
+        }
+        return {**self.modulator.state_dict(), **parts}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from a saved state. Factors of another rule, anchor or range start anew, as do
-        averages of units of other sizes. ValueError where it was saved with other modules."""
+        averages of units of other sizes. ValueError where it was saved with other modules, or
+        without the progress that `schedule="gain"` goes on from."""
         self.modulator.load_state_dict(state)
+        if "progress" in state:
+            self._progress.load_state_dict(state["progress"])
+        elif self.settings.by_gain:
+            raise ValueError(NO_PROGRESS)
         rule, unit = state.get("rule", self._rule()), state.get("unit", self._unit())
         changed = [key for key, value in self._rule().items() if rule.get(key, value) != value]
         if changed:
             self.modulator.factors.fill_(1)
+            self._progress.gains.fill_(1)
             logger.warning(
                 f"AGVM's factors were saved with {', '.join(f'{k} {rule[k]}' for k in changed)}: "
                 "they start at 1 again."

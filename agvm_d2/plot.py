@@ -54,10 +54,16 @@ def read_metrics(path: str) -> Series:
     return {n: (tuple(sorted(v)), tuple(v[i] for i in sorted(v))) for n, v in values.items()}
 
 
-def _modules(series: Series, kind: str) -> list[str]:
+def modules_of(series: Series, kind: str) -> list[str]:
+    """The modules that have the scalar agvm/KIND/MODULE, in the order of `ORDER`."""
     prefix = f"agvm/{kind}/"
     found = [name[len(prefix) :] for name in series if name.startswith(prefix)]
     return sorted(found, key=lambda m: (ORDER.index(m) if m in ORDER else len(ORDER), m))
+
+
+def colours_of(modules: list[str]) -> dict:
+    """A colour for each."""
+    return {name: plt.get_cmap("tab10")(i % 10) for i, name in enumerate(modules)}
 
 
 def plot(output_dir: str, picture: str | None = None) -> str:
@@ -72,20 +78,20 @@ def plot(output_dir: str, picture: str | None = None) -> str:
     """
     path = os.path.join(output_dir, "metrics.json")
     series = read_metrics(path)
-    if not _modules(series, "variance"):
+    if not modules_of(series, "variance"):
         raise ValueError(
             f"{path} has no agvm/variance/... scalars: the run ended before AGVM.START_ITER, had "
             "one worker and no micro-batches, or AGVM.ENABLED was False."
         )
-    modules = _modules(series, "variance")
-    colours = {name: plt.get_cmap("tab10")(i % 10) for i, name in enumerate(modules)}
+    modules = modules_of(series, "variance")
+    colours = colours_of(modules)
     with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
         for axis, kind, label in (
             (axes[0, 0], "variance", "gradient variance $\\phi$"),
             (axes[0, 1], "lr_scale", "LR factor $\\mu$"),
         ):
-            for name in _modules(series, kind):
+            for name in modules_of(series, kind):
                 axis.plot(*series[f"agvm/{kind}/{name}"], color=colours[name], label=name, lw=1.4)
             axis.set_ylabel(label)
         axes[0, 0].set_ylim(bottom=0)

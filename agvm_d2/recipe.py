@@ -4,8 +4,10 @@ with batches of N images."""
 from __future__ import annotations
 import argparse
 import sys
+from typing import Any, NamedTuple
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from omegaconf import DictConfig, OmegaConf
 
 from .d2.config import add_agvm_config, naming_the_key
 from .d2.yaml_files import check_yaml
@@ -17,30 +19,55 @@ WARMUP = 1 / 8
 CLIP = 100
 # The paper has hardly a run below (Faster R-CNN, batch 1536: 924).
 FEW_ITERATIONS = 900
+# With AGVM.SCHEDULE gain: an average over some 50 iterations, as in this package's study.
+INTERVAL, MOMENTUM = 5, 0.9
 
 
-def recipe(solver: CfgNode, batch: int, scaling: str | None = None) -> dict:
-    """Config keys for training as long as `solver` does (the same number of images), at `batch`.
+class Baseline(NamedTuple):
+    """Training that works, at its own batch."""
+
+    batch: int
+    lr: float
+    max_iter: int
+    steps: tuple[int, ...] = ()  # none in a LazyConfig, where drops are shares of training
+    checkpoint_period: int = 5000
+    adam: bool = False
+    agvm: dict | None = None  # a LazyConfig's
+
+    @property
+    def lazy(self) -> bool:
+        """A LazyConfig's?"""
+        return self.agvm is not None
+
+
+def recipe(base: Baseline, batch: int, scaling: str | None = None) -> dict[str, dict]:
+    """yacs keys for training at `batch`, on as many images as `base`; or, with "gain", as long as
+    the gain asks.
 
     Args:
-        solver: SOLVER of a config that works at its own IMS_PER_BATCH.
-        scaling: of `scaled_lr`; by default "sqrt" for ADAMW and LAMB, else "linear-sqrt".
-            "gain": the learning rate stays, and AGVM.RULE "gain" multiplies each module's.
+        scaling: of `scaled_lr`; by default "sqrt" for Adam and LAMB, else "linear-sqrt". "gain":
+            SOLVER stays that of `base`, and AGVM.SCHEDULE "gain" does the rest.
 
     Raises:
-        ValueError: a batch that is not positive, or so large that nothing is left to train.
+        ValueError: a batch that is not positive, or below the base with "gain", or so large that
+            nothing is left to train.
     """
+    if scaling == "gain":
+        if batch < base.batch:
+            raise ValueError(f"--batch-size {batch}: is below {base.batch}, the config's own")
+        agvm = {"ENABLED": True, "RULE": "gain", "SCHEDULE": "gain", "BASE_BATCH_SIZE": base.batch}
+        agvm |= {"MODE": "modulate", "INTERVAL": INTERVAL, "MOMENTUM": MOMENTUM, "START_ITER": -1}
+        return {"SOLVER": {"IMS_PER_BATCH": batch}, "AGVM": agvm}
     if scaling is None:
-        scaling = "sqrt" if solver.OPTIMIZER in ("ADAMW", "LAMB") else "linear-sqrt"
-    gain = scaling == "gain"
-    lr = solver.BASE_LR if gain else scaled_lr(batch, scaling, solver.BASE_LR, solver.IMS_PER_BATCH)
-    shrink = solver.IMS_PER_BATCH / batch
-    iterations = round(solver.MAX_ITER * shrink)
+        scaling = "sqrt" if base.adam else "linear-sqrt"
+    lr = scaled_lr(batch, scaling, base.lr, base.batch)
+    shrink = base.batch / batch
+    iterations = round(base.max_iter * shrink)
     warmup = round(iterations * WARMUP)
     if warmup < 2:
         raise ValueError(
             f"--batch-size {batch}: {iterations} iterations would be left of the "
-            f"{solver.MAX_ITER} at batch {solver.IMS_PER_BATCH}; train longer or take a smaller one"
+            f"{base.max_iter} at batch {base.batch}; train longer or take a smaller one"
         )
     window = min(CLIP, warmup)
     return {
@@ -48,8 +75,8 @@ def recipe(solver: CfgNode, batch: int, scaling: str | None = None) -> dict:
             "IMS_PER_BATCH": batch,
             "BASE_LR": float(f"{lr:.3g}"),
             "MAX_ITER": iterations,
-            "STEPS": str(tuple(sorted({round(step * shrink) for step in solver.STEPS} - {0}))),
-            "CHECKPOINT_PERIOD": max(1, round(solver.CHECKPOINT_PERIOD * shrink)),
+            "STEPS": tuple(sorted({round(step * shrink) for step in base.steps} - {0})),
+            "CHECKPOINT_PERIOD": max(1, round(base.checkpoint_period * shrink)),
             "WARMUP_METHOD": "exp",
             "WARMUP_FACTOR": 0.001,
             "WARMUP_ITERS": warmup,
@@ -57,33 +84,67 @@ def recipe(solver: CfgNode, batch: int, scaling: str | None = None) -> dict:
                 "ENABLED": True,
                 "CLIP_TYPE": "full_model",
                 "CLIP_VALUE": 1.0,
-                # The gain was tried with clipping throughout.
-                "ITER_RANGE": "()" if gain else str((warmup - window, warmup + window)),
+                "ITER_RANGE": (warmup - window, warmup + window),
             },
         },
         "AGVM": {
             "ENABLED": True,  # a baseline's config has it off
-            **({"RULE": "gain", "BASE_BATCH_SIZE": solver.IMS_PER_BATCH} if gain else {}),
             "START_ITER": warmup + window,
             "INTERVAL": 5 if batch > 1000 else 10,
         },
     }
 
 
-def read_solver(path: str, allow_unsafe: bool = False) -> CfgNode:
-    """SOLVER of a config of any Detectron2 project, whatever other keys it has.
+def as_yaml(keys: dict) -> str:
+    """To paste below a yacs config."""
+
+    def texts(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: texts(inner) for key, inner in value.items()}
+        return str(value) if isinstance(value, tuple) else value
+
+    return yaml.safe_dump(texts(keys), sort_keys=False).replace("'", "")
+
+
+def as_python(keys: dict, agvm: dict) -> str:
+    """To paste below a LazyConfig; its schedule is in shares of training, and stays but for
+    warm-up.
 
     Args:
-        allow_unsafe: let the file's !!python tags run code, as Detectron2 does.
+        agvm: the config's own.
+    """
+    solver = dict(keys["SOLVER"])
+    lines = {
+        "dataloader.train.total_batch_size": solver["IMS_PER_BATCH"],
+        "agvm": {**agvm, **{name.lower(): value for name, value in keys["AGVM"].items()}},
+    }
+    if "MAX_ITER" in solver:
+        clip = {k.lower(): v for k, v in solver["CLIP_GRADIENTS"].items() if k != "ENABLED"}
+        lines |= {
+            "optimizer.lr": solver["BASE_LR"],
+            "train.max_iter": solver["MAX_ITER"],
+            "train.checkpointer.period": solver["CHECKPOINT_PERIOD"],
+            "train.clip_gradients": clip,
+            "lr_multiplier.warmup_factor": solver["WARMUP_FACTOR"],
+            "lr_multiplier.warmup_length": solver["WARMUP_ITERS"] / solver["MAX_ITER"],
+        }
+    return "".join(f"{key} = {value!r}\n" for key, value in lines.items())
+
+
+def read_baseline(path: str, allow_unsafe: bool = False) -> Baseline:
+    """Of a config of any Detectron2 project, whatever other keys it has; a .py file is a
+    LazyConfig, and runs.
+
+    Args:
+        allow_unsafe: let a YAML file's !!python tags run code, as Detectron2 does.
 
     Raises:
-        ValueError, OSError: not a YAML config, or one that runs code.
+        ValueError, OSError: not a config, or a YAML file that runs code.
     """
     if path.endswith(".py"):
-        raise ValueError(
-            f"--config-file: '{path}' is a LazyConfig; this command reads .yaml. "
-            "agvm_d2.solver.scaled_lr has the rule."
-        )
+        from .d2.lazy import load
+
+        return of_lazyconfig(load(path, []), path)
     check_yaml(path, allow_unsafe)
     cfg = get_cfg()
     add_agvm_config(cfg)
@@ -96,7 +157,32 @@ def read_solver(path: str, allow_unsafe: bool = False) -> CfgNode:
         cfg.merge_from_other_cfg(CfgNode({"SOLVER": given.get("SOLVER", {})}))
     except ValueError as error:
         raise naming_the_key(error) from None
-    return cfg.SOLVER
+    solver = cfg.SOLVER
+    return Baseline(
+        solver.IMS_PER_BATCH,
+        solver.BASE_LR,
+        solver.MAX_ITER,
+        tuple(solver.STEPS),
+        solver.CHECKPOINT_PERIOD,
+        solver.OPTIMIZER in ("ADAMW", "LAMB"),
+    )
+
+
+def of_lazyconfig(cfg: DictConfig, path: str) -> Baseline:
+    """
+    Raises:
+        ValueError: a key is missing, or holds no number.
+    """
+    keys = ("dataloader.train.total_batch_size", "optimizer.lr", "train.max_iter")
+    found = [OmegaConf.select(cfg, key) for key in keys]
+    for key, value in zip(keys, found, strict=True):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ValueError(f"--config-file: '{path}' has no number at {key}: found {value!r}.")
+    period = OmegaConf.select(cfg, "train.checkpointer.period", default=5000)
+    adam = any(name in str(cfg.optimizer.get("_target_")).lower() for name in ("adam", "lamb"))
+    batch, lr, max_iter = found
+    agvm: Any = OmegaConf.to_container(cfg.get("agvm") or OmegaConf.create({}))
+    return Baseline(batch, lr, max_iter, (), period, adam, agvm)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -114,24 +200,28 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     try:
-        solver = read_solver(args.config_file, args.allow_unsafe_yaml)
-        keys = recipe(solver, args.batch_size, args.scaling)
+        base = read_baseline(args.config_file, args.allow_unsafe_yaml)
+        keys = recipe(base, args.batch_size, args.scaling)
     except (ValueError, KeyError, OSError) as error:
         sys.exit(f"agvm_d2.recipe: error: {error}")
-    print(
-        f"# From batch {solver.IMS_PER_BATCH}, learning rate {solver.BASE_LR:g}, "
-        f"{solver.MAX_ITER:,} iterations."
-    )
-    if keys["SOLVER"]["MAX_ITER"] < FEW_ITERATIONS:
+    print(f"# From batch {base.batch}, learning rate {base.lr:g}, {base.max_iter:,} iterations.")
+    if args.scaling == "gain":
+        print(
+            "# Learning rate, schedule and iterations stay; the run ends when its steps are worth\n"
+            f"# {base.max_iter:,} of batch {base.batch}. `python -m agvm_d2.plan` says when."
+        )
+    elif keys["SOLVER"]["MAX_ITER"] < FEW_ITERATIONS:
         print(
             f"# {keys['SOLVER']['MAX_ITER']} iterations are few for any method: the paper rarely "
             f"goes below {FEW_ITERATIONS}."
         )
+    micro = "train.micro_batch_size" if base.lazy else "SOLVER.MICRO_BATCH_SIZE"
+    period = "train.eval_period" if base.lazy else "TEST.EVAL_PERIOD"
     print(
         "# AGVM compares the gradients of workers or of micro-batches: with one GPU set\n"
-        "# SOLVER.MICRO_BATCH_SIZE to what fits into its memory. TEST.EVAL_PERIOD is not changed."
+        f"# {micro} to what fits into its memory. {period} is not changed."
     )
-    print(yaml.safe_dump(keys, sort_keys=False).replace("'", ""), end="")
+    print(as_yaml(keys) if base.agvm is None else as_python(keys, base.agvm), end="")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class Settings:
     mode: str = _option("modulate", ("modulate", "monitor"), '"monitor": measure and log only')
     estimator: str = _option("pairwise", ("pairwise", "split"), '"split": the paper\'s, two halves')
     rule: str = _option("variance", RULES, '"gain": each module\'s AdaScale gain')
+    schedule: str = _option("iterations", ("iterations", "gain"), '"gain": LR and end by progress')
     base_batch_size: int = _option(16, POSITIVE, 'for "gain": the batch that the LR is for')
     interval: int = _option(10, POSITIVE, "iterations between measurements")
     start_iter: int = _option(-1, ITERATION, "first measured; -1: 100 iterations after warm-up")
@@ -78,4 +79,15 @@ class Settings:
             except re.error as error:
                 where = f"{key('modules')}: '{regex}' of module '{name}'"
                 raise ValueError(f"{where} is not a regex: {error}.") from None
+        if self.schedule == "gain" and self.rule == "variance":
+            raise ValueError(
+                f"{key('schedule')}: found 'gain', but {key('rule')} is '{self.rule}': only a "
+                f"learning rate that grows with the gain makes up for fewer iterations. Set "
+                f"{key('rule')} to 'gain', or {key('schedule')} to 'iterations'."
+            )
         return self
+
+    @property
+    def by_gain(self) -> bool:
+        """Does progress decide on the LR and the end of training?"""
+        return self.schedule == "gain" and self.mode == "modulate"

@@ -21,6 +21,13 @@ BAD = {
         1: "found 1",
         (): "found",
     },
+    "schedule": {
+        "epochs": "found 'epochs', .* iterations, gain",
+        "progress": "found 'progress'",
+        "gain": "found 'gain', but .* is 'variance'",
+        1: "found 1",
+        (): "found",
+    },
     "base_batch_size": {
         0: "found 0, .*at least 1",
         -16: "found -16",

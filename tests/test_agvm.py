@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LinearLR
+from torch.optim.lr_scheduler import LambdaLR, LinearLR
 from toy import MODULES, ToyDetector, batch, factors, loss, parameter_names, vectors
 
 from agvm_d2 import AGVM, Settings, split_param_groups
@@ -424,20 +424,26 @@ def test_two_workers_with_a_communication_hook_of_their_own(workers):
 def test_scalars_are_of_the_last_measurement_without_what_was_not_measurable():
     model = ToyDetector()
     optimizer = sgd(model, lr=0.0)
-    agvm = make(model, optimizer, batch_size=8, momentum=0.75)
+    agvm = make(model, optimizer, batch_size=8, base_batch_size=4, momentum=0.75)
     assert set(agvm.scalars()) == {f"agvm/lr_scale/{m}" for m in MODULES}  # nothing measured yet
     for i in range(10):
         step(agvm, model, optimizer, i)
     found, measured = agvm.scalars(), [vectors(model, units(i)) for i in range(10)]
     whole = [[torch.cat([v[m][u] for m in MODULES]) for u in (0, 1)] for v in measured]
-    num = dict.fromkeys(("variance", "lr_scale", "noise_scale"), 0)
+    num = dict.fromkeys(("variance", "lr_scale", "noise_scale", "gain"), 0)
     for i, module in enumerate((*MODULES, "model")):
         # K = 2, 4 images per unit: tr = 4 * 2 (S1 - S2), |G|^2 = S2 - (S1 - S2), over S1, averaged.
         s1 = s2 = 0.0
+        gain = 1.0
         for v, w in zip(measured, whole):
-            unit_sq, mean_sq = reference.moments(w if module == "model" else v[module])
+            vs = w if module == "model" else v[module]
+            unit_sq, mean_sq = reference.moments(vs)
             s1, s2 = 0.75 * s1 + 0.25, 0.75 * s2 + 0.25 * mean_sq / unit_sq
-        wanted = {"noise_scale": 8 * (s1 - s2) / (2 * s2 - s1) if 2 * s2 > s1 else math.nan}
+            gain = 0.75 * gain + 0.25 * reference.gain(vs, 1)  # the base batch is one unit
+        wanted = {
+            "gain": gain,
+            "noise_scale": 8 * (s1 - s2) / (2 * s2 - s1) if 2 * s2 > s1 else math.nan,
+        }
         if module != "model":
             wanted["variance"] = reference.pairwise_variance(measured[-1][module])
             wanted["lr_scale"] = float(agvm.modulator.factors[i])
@@ -447,7 +453,8 @@ def test_scalars_are_of_the_last_measurement_without_what_was_not_measurable():
             assert (key in found) == (not math.isnan(value))
             assert found.get(key, math.nan) == pytest.approx(value, rel=1e-4, nan_ok=True)
     # Noise drowns the gradient of one module.
-    assert num == {"variance": 4, "lr_scale": 4, "noise_scale": 4} and len(found) == 12
+    assert num == {"variance": 4, "lr_scale": 4, "noise_scale": 4, "gain": 5}
+    assert found["agvm/progress"] == agvm.progress and len(found) == 18
 
 
 def test_without_a_batch_size_there_is_no_noise_scale():
@@ -479,3 +486,92 @@ def test_a_state_of_other_modules_is_refused():
     other = make(model, optimizer, modules=halves)
     with pytest.raises(ValueError, match="backbone, fpn, rpn, box_head, but .* backbone, heads"):
         other.load_state_dict(make(model, sgd(model)).state_dict())
+
+
+# AGVM.SCHEDULE gain
+
+
+GAIN = {"rule": "gain", "schedule": "gain", "base_batch_size": 4, "batch_size": 8}
+
+
+def by_gain(max_iter=6, **options):
+    model = ToyDetector()
+    optimizer = sgd(model)
+    scheduler = LambdaLR(optimizer, lambda position: 1 - position / max_iter)
+    agvm = make(model, optimizer, **{**GAIN, **options})
+    agvm.max_iter = max_iter
+    agvm.follow(scheduler)
+    return model, optimizer, scheduler, agvm
+
+
+def test_a_plain_loop_that_lasts_as_long_as_the_gain_asks():
+    model, optimizer, scheduler, agvm = by_gain()
+    literal, progress, gain = copy.deepcopy(model), 0.0, 1.0
+    iteration = 0
+    while not agvm.done:
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * (1 - progress / 6))
+        whole = [torch.cat(vs) for vs in zip(*vectors(literal, units(iteration)).values())]
+        gain = 0.5 * gain + 0.5 * reference.gain(whole, 1)
+        progress += gain
+        step(agvm, model, optimizer, iteration)
+        scheduler.step()
+        literal.load_state_dict(model.state_dict())
+        assert agvm.progress == pytest.approx(progress, rel=1e-5)
+        iteration += 1
+    assert iteration < 6 <= progress
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-6)  # not beyond its end
+
+
+def test_progress_in_monitor_mode_decides_on_nothing():
+    model, optimizer, scheduler, agvm = by_gain(mode="monitor")
+    for i in range(6):
+        assert not agvm.done
+        step(agvm, model, optimizer, i)
+        scheduler.step()
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * (1 - (i + 1) / 6))
+    assert agvm.done and agvm.progress > 6
+
+
+def test_steps_before_and_behind_the_measured_ones_count_one():
+    model, optimizer, _, agvm = by_gain(max_iter=100, start_iter=2, stop_iter=4)
+    seen = [0.0]
+    for i in range(6):
+        step(agvm, model, optimizer, i)
+        seen.append(agvm.progress)
+    steps = [b - a for a, b in zip(seen, seen[1:])]
+    assert steps[:2] == steps[4:] == [1, 1] and min(steps[2:4]) > 1
+
+
+def test_a_resumed_plain_loop_goes_on_with_progress():
+    model, optimizer, scheduler, agvm = by_gain()
+    step(agvm, model, optimizer, 0)
+    scheduler.step()
+    _, again, other, resumed = by_gain()
+    resumed.load_state_dict(agvm.state_dict())
+    resumed.follow(other)
+    assert resumed.progress == agvm.progress and resumed.gain == agvm.gain > 1
+    assert again.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] < 0.1
+
+
+def test_a_gain_that_starts_anew_does_so_for_progress_too():
+    model, optimizer, _, agvm = by_gain()
+    step(agvm, model, optimizer, 0)
+    *_, other = by_gain(batch_size=16)
+    other.load_state_dict(agvm.state_dict())
+    assert other.progress == agvm.progress and other.gain == 1
+    assert other.modulator.factors.tolist() == [1.0] * 4
+
+
+def test_what_the_gains_schedule_cannot_do():
+    with pytest.raises(ValueError, match="AGVM.SCHEDULE gain: .* at least two gradients"):
+        model, optimizer, _, agvm = by_gain(micro_batches=1)
+        agvm.begin(0)
+    with pytest.raises(ValueError, match="a batch of 8 images is below AGVM.BASE_BATCH_SIZE 16"):
+        by_gain(base_batch_size=16)
+    with pytest.raises(ValueError, match="AGVM.done needs max_iter"):
+        _ = make(model, optimizer).done
+    state = by_gain()[3].state_dict()
+    del state["progress"]
+    with pytest.raises(ValueError, match="does not say how many iterations of the base batch"):
+        by_gain()[3].load_state_dict(state)
+    make(ToyDetector(), sgd(ToyDetector()), batch_size=8).load_state_dict(state)  # of version 0.1

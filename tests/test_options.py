@@ -24,6 +24,7 @@ OTHERS = {
     "mode": "monitor",
     "estimator": "split",
     "rule": "gain",
+    "schedule": "gain",
     "base_batch_size": 4,
     "interval": 3,
     "start_iter": 7,
@@ -98,6 +99,8 @@ def by_lazyconfig(model, optimizer, options, tmp_path):
 @pytest.mark.parametrize("key", DEFAULTS)
 def test_each_reaches_agvm(make, key, tmp_path):
     options = {key: OTHERS[key]}
+    if key == "schedule":  # it goes with that rule, and a batch that is not below the base
+        options |= {"rule": "gain", "base_batch_size": 4}
     model = ToyDetector()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     split_param_groups(optimizer, model, options.get("modules", ()))

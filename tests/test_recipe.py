@@ -1,10 +1,13 @@
+import os
 import re
 import pytest
 import yaml
 from detectron2.config import get_cfg
 from detectron2.model_zoo import get_config_file
+from helpers import VITDET
 
 from agvm_d2 import add_agvm_config, recipe
+from agvm_d2.d2 import lazy
 from agvm_d2.d2.checks import check_config
 
 FASTER = get_config_file("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
@@ -40,10 +43,8 @@ def test_what_it_prints_can_be_pasted_and_is_the_papers_recipe(capsys, tmp_path)
 
 
 def test_steps_that_fall_together_or_to_nothing_are_left_out():
-    solver = get_cfg().SOLVER
-    solver.OPTIMIZER = "SGD"
-    solver.IMS_PER_BATCH, solver.MAX_ITER, solver.STEPS = 16, 90, (1, 80, 82)
-    assert recipe.recipe(solver, 64)["SOLVER"]["STEPS"] == "(20,)"
+    base = recipe.Baseline(16, 0.02, 90, steps=(1, 80, 82))
+    assert recipe.recipe(base, 64)["SOLVER"]["STEPS"] == (20,)
 
 
 def test_rules_and_hints(capsys):
@@ -54,17 +55,46 @@ def test_rules_and_hints(capsys):
     assert "703 iterations are few" in out
 
 
-def test_the_gain_keeps_the_learning_rate(capsys, tmp_path):
+def test_the_gain_changes_nothing_of_the_solver_but_the_batch(capsys, tmp_path):
     out = run(capsys, "--config-file", FASTER, "--batch-size", 512, "--rule", "gain")
-    cfg = pasted(out, tmp_path)
-    assert cfg.SOLVER.BASE_LR == 0.02 and cfg.SOLVER.CLIP_GRADIENTS.ITER_RANGE == ()
-    assert cfg.AGVM.RULE == "gain" and cfg.AGVM.BASE_BATCH_SIZE == 16
+    solver, base = pasted(out, tmp_path).SOLVER, pasted("", tmp_path).SOLVER
+    assert {k for k in base if solver[k] != base[k]} == {"IMS_PER_BATCH"}
+    agvm = pasted(out, tmp_path).AGVM
+    assert (agvm.RULE, agvm.SCHEDULE, agvm.BASE_BATCH_SIZE) == ("gain", "gain", 16)
+    assert (agvm.INTERVAL, agvm.MOMENTUM, agvm.START_ITER) == (5, 0.9, -1)
+
+
+def test_a_lazyconfig_takes_what_is_printed(capsys, tmp_path):
+    for rule in ("gain", "linear-sqrt"):
+        out = run(capsys, "--config-file", VITDET, "--batch-size", 64, "--rule", rule)
+        with open(VITDET) as f:  # below the config itself, in its folder for its imports
+            text = f.read()
+        path = os.path.join(os.path.dirname(VITDET), f"pasted_{rule.replace('-', '_')}.py")
+        try:
+            with open(path, "w") as f:
+                f.write(text + out)
+            cfg = lazy.load(path, [])
+        finally:
+            os.remove(path)
+        lazy.check(cfg, 1)
+        before = recipe.read_baseline(VITDET)
+        assert before.lazy and before.adam
+        assert {*before.agvm} <= {*cfg.agvm}  # what the config had, such as modules
+        assert cfg.dataloader.train.total_batch_size == 64
+        if rule == "gain":
+            assert recipe.of_lazyconfig(cfg, path)[1:5] == before[1:5]
+            assert cfg.agvm.schedule == "gain" and cfg.agvm.base_batch_size == before.batch
+        else:
+            scale = before.batch / 64
+            assert cfg.train.max_iter == round(before.max_iter * scale)
+            assert cfg.optimizer.lr == pytest.approx(before.lr / scale, rel=1e-2)
+            assert cfg.lr_multiplier.warmup_length == pytest.approx(1 / 8, rel=0.05)
 
 
 def test_agvm_is_on_also_from_a_baseline_without_it(tmp_path):
     (tmp_path / "c.yaml").write_text("AGVM: {ENABLED: False}")
-    solver = recipe.read_solver(str(tmp_path / "c.yaml"))
-    assert recipe.recipe(solver, 64)["AGVM"]["ENABLED"] is True
+    base = recipe.read_baseline(str(tmp_path / "c.yaml"))
+    assert recipe.recipe(base, 64)["AGVM"]["ENABLED"] is True
 
 
 def test_adam_takes_the_square_root_of_another_projects_config(capsys, tmp_path):
@@ -97,7 +127,8 @@ def test_bad_files(tmp_path, text, message):
         (["--config-file", "no.yaml", "--batch-size", "64"], "'no.yaml' is not a file"),
         (["--config-file", FASTER, "--batch-size", "0"], "batch: found 0"),
         (["--config-file", FASTER, "--batch-size", "1000000"], "1 iterations would be left"),
-        (["--config-file", __file__, "--batch-size", "64"], "is a LazyConfig"),
+        (["--config-file", FASTER, "--batch-size", "8", "--rule", "gain"], "8: is below 16"),
+        (["--config-file", __file__, "--batch-size", "64"], "has no number at dataloader.train"),
     ],
 )
 def test_bad_arguments(args, message):

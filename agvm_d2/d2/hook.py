@@ -15,6 +15,7 @@ from ..agvm import AGVM
 from ..modulator import Modulator
 from ..moments import CommHook
 from ..settings import Settings
+from .gain_schedule import GainSchedule
 from .micro_batches import micro_batches as micro_batches_of
 
 logger = logging.getLogger("detectron2.agvm_d2")
@@ -27,6 +28,9 @@ class AGVMHook(HookBase):
 
     A loop without a trainer calls `before_train`, and in each iteration `before_step`,
     `after_backward` (before clipping) and `after_step`, inside an EventStorage.
+
+    With schedule="gain", `AGVMTrainerMixin` and LazyConfig's `do_train` end training where progress
+    does; around another trainer's `train()` put `gain_schedule.ends_when_done()`.
     """
 
     @configurable
@@ -63,11 +67,13 @@ class AGVMHook(HookBase):
         )
         self._log_period = log_period
         self._heard_by: object = None  # the inner trainer
+        self._schedule: GainSchedule | None = None
+        self._loaded = False
 
     @classmethod
     def from_config(cls, cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
         settings = {f.name: cfg.AGVM[f.name.upper()] for f in dataclasses.fields(Settings)}
-        if settings["start_iter"] < 0:
+        if settings["start_iter"] < 0 and settings["schedule"] != "gain":
             settings["start_iter"] = cfg.SOLVER.WARMUP_ITERS + 100
         return {
             "model": model,
@@ -83,6 +89,7 @@ class AGVMHook(HookBase):
 
     def before_train(self) -> None:
         agvm, settings = self.agvm, self.agvm.settings
+        self._schedule = None
         sizes = ", ".join(
             f"{name} {sum(p.numel() for p in params):,}" for name, params in agvm.modules.items()
         )
@@ -122,7 +129,22 @@ class AGVMHook(HookBase):
             )
 
     def before_step(self) -> None:
+        if self.agvm.settings.by_gain:
+            self._by_gain()
         self.agvm.begin(get_event_storage().iter)
+
+    def _by_gain(self) -> None:
+        if getattr(self, "trainer", None) is None:
+            if not self.agvm.schedulers:
+                raise ValueError(
+                    "AGVM.SCHEDULE gain: a loop without a trainer gives its LR scheduler to "
+                    "hook.agvm.follow(scheduler), sets hook.agvm.max_iter, and ends when "
+                    "hook.agvm.done."
+                )
+            return
+        if self._schedule is None:  # all hooks' before_train has made what it finds now
+            self._schedule = GainSchedule(self.agvm, self, resumed=self._loaded)
+        self._schedule.before_step()
 
     def after_micro_batch(self, weight: float) -> None:
         """One of several backward passes ended; its loss was multiplied by `weight`."""
@@ -134,6 +156,8 @@ class AGVMHook(HookBase):
 
     def after_step(self) -> None:
         self.agvm.end()
+        if self._schedule is not None:
+            self._schedule.after_step()
         storage, modulator = get_event_storage(), self.modulator
         if self.agvm.measured:
             for name, value in self.agvm.scalars().items():
@@ -147,6 +171,9 @@ class AGVMHook(HookBase):
                 )
             )
             used = self.agvm.settings.mode == "modulate"
+            if self.agvm.settings.by_gain:
+                agvm = self.agvm
+                line += f"  progress {agvm.progress:.0f} of {agvm.max_iter}, x{agvm.gain:.2f}"
             logger.info(f"AGVM: variance and LR factor{'' if used else ', not used,'}  {line}")
 
     def after_train(self) -> None:
@@ -166,6 +193,7 @@ class AGVMHook(HookBase):
             ValueError: the state was saved with other modules.
         """
         self.agvm.load_state_dict(state)
+        self._loaded = True
 
 
 class _InnerTrainerEvents(HookBase):

@@ -15,6 +15,7 @@ becomes a `ResumableLoader`, which a resumed run brings back to its place.
 """
 
 from __future__ import annotations
+import contextlib
 import dataclasses
 import inspect
 import os
@@ -38,6 +39,7 @@ from ..validate import one_of
 from .agreement import AgreementHook, check_agreement, code, flat
 from .checkpoint import AtomicCheckpointer
 from .checks import STOP_OR_SKIP, check_agvm, check_amp, check_device, check_whole
+from .gain_schedule import TrainingDone
 from .handover import raise_open_files
 from .hook import AGVMHook
 from .loader import ResumableLoader, shared_seed
@@ -120,7 +122,8 @@ def check(cfg: DictConfig, num_workers: int) -> None:
                     f"{key}.{name}: there is no such key; there are {', '.join(sorted(known))}."
                 )
     check_agvm(_as_dict(cfg.agvm), lambda name: f"agvm.{name}")
-    if cfg.agvm.get("enabled", True) and cfg.agvm.get("start_iter", -1) < 0:
+    by_gain = cfg.agvm.get("schedule") == "gain"
+    if cfg.agvm.get("enabled", True) and cfg.agvm.get("start_iter", -1) < 0 and not by_gain:
         raise ValueError(
             "agvm.start_iter: a LazyConfig must name the iteration: the end of warm-up, or later."
         )
@@ -274,7 +277,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     check_not_done(start, train.max_iter, "train.max_iter")
     PathManager.mkdirs(train.output_dir)
     try:
-        trainer.train(start, train.max_iter)
+        with contextlib.suppress(TrainingDone):
+            trainer.train(start, train.max_iter)
     finally:
         record.release()
     verify(cfg, results)

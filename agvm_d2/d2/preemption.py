@@ -167,8 +167,8 @@ class PreemptionHook(HookBase):
         self._leaving = True
         trainer, name = self.trainer, signal.Signals(self._signals.signum).name
         logger.warning(f"{name}: stopping after iteration {trainer.iter}.")
-        # Else it was the last evaluation, and model_final is there.
-        if trainer.iter < trainer.max_iter and comm.is_main_process():
+        # Else it was the last iteration or evaluation, and model_final is there.
+        if trainer.iter + 1 < trainer.max_iter and comm.is_main_process():
             self._checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
         try:  # nobody ends before the checkpoint is there: the launcher would stop all
             if not alone:

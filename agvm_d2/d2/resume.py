@@ -49,9 +49,16 @@ HOLDS: tuple[tuple[str, str, str], ...] = (
         r"AGVM\.(RULE|ANCHOR|RATIO_RANGE|BASE_BATCH_SIZE)"
         r"|agvm\.(rule|anchor|ratio_range|base_batch_size)",
         "new",
-        "the factors were made with the saved one and start at 1 again",
+        "the factors were made with the saved one and start at 1 again; progress counts on as it "
+        "is",
     ),
     (r"AGVM\.ESTIMATOR|agvm\.estimator", "new", "the noise scale is averaged anew"),
+    (
+        r"AGVM\.SCHEDULE|agvm\.schedule",
+        "new",
+        "the learning rate and the end are those of its count; steps without the gain's learning "
+        "rates have counted 1",
+    ),
     (
         r"SOLVER\.(BASE_LR.*|STEPS|GAMMA|WARMUP_.*|MAX_ITER|NUM_DECAYS|LR_SCHEDULER_NAME"
         r"|RESCALE_INTERVAL|BIAS_LR_FACTOR)|lr_multiplier\..*|train\.max_iter|optimizer\..*lr.*",
@@ -92,7 +99,7 @@ class ConfigRecord(HookBase):
     ):
         self._cfg, self._optimizer, self._output_dir = cfg, optimizer, output_dir
         self._names: dict[torch.Tensor, str] = {p: n for n, p in named_parameters(model)}
-        self._values = dict(_flat(_plain(config_text(cfg))))
+        self._values = dict(_flat(plain_config(config_text(cfg))))
         self._built = [dict(group) for group in optimizer.param_groups]
         self._saved: dict[str, Any] | None = None
         self._lock: FolderLock | None = None
@@ -282,7 +289,8 @@ def _as_text(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
 _TagsAsText.add_multi_constructor("tag:yaml.org,2002:python/", _as_text)
 
 
-def _plain(text: str) -> dict:
+def plain_config(text: str) -> dict:
+    """A config.yaml of either kind, its tags as text."""
     try:
         return yaml.load(text, Loader=_TagsAsText) or {}
     except (yaml.YAMLError, ValueError, TypeError):  # compared as one value

@@ -33,6 +33,7 @@ from ..solver import build_lr_scheduler, unsplit_optimizer
 from .agreement import AgreementHook, check_agreement, code, flat
 from .checkpoint import AtomicCheckpointer
 from .checks import check_config, check_tta
+from .gain_schedule import TrainingDone, ends_when_done
 from .hook import AGVMHook
 from .loader import build_train_loader
 from .micro_batches import micro_batches
@@ -76,6 +77,11 @@ def run_options(cfg: CfgNode) -> RunOptions:
     )
 
 
+def _by_gain(cfg: CfgNode) -> bool:
+    agvm = cfg.get("AGVM")
+    return bool(agvm) and agvm.ENABLED and (agvm.SCHEDULE, agvm.MODE) == ("gain", "modulate")
+
+
 if TYPE_CHECKING:  # what the mixin is mixed into
     from detectron2.engine import DefaultTrainer as _Trainer
 else:
@@ -115,9 +121,19 @@ class AGVMTrainerMixin(_Trainer):
     def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
         """Detectron2's SOLVER.REFERENCE_WORLD_SIZE, also for this package's iterations.
 
-        AGVM.INTERVAL stays: it says how often to measure, whatever the batch, as in the paper.
+        AGVM.INTERVAL stays: it says how often to measure, whatever the batch, as in the paper. With
+        AGVM.SCHEDULE gain only IMS_PER_BATCH changes: the gain scales the others.
         """
         before = cfg.SOLVER.REFERENCE_WORLD_SIZE
+        if before not in (0, num_workers) and _by_gain(cfg):
+            frozen, cfg = cfg.is_frozen(), cfg.clone()
+            cfg.defrost()
+            cfg.SOLVER.IMS_PER_BATCH = round(cfg.SOLVER.IMS_PER_BATCH * num_workers / before)
+            cfg.SOLVER.REFERENCE_WORLD_SIZE = num_workers
+            logger.info(f"Auto-scaling the config to batch_size={cfg.SOLVER.IMS_PER_BATCH}.")
+            if frozen:
+                cfg.freeze()
+            return cfg
         cfg = DefaultTrainer.auto_scale_workers(cfg, num_workers)
         if before in (0, num_workers) or "AGVM" not in cfg:
             return cfg
@@ -219,13 +235,18 @@ class AGVMTrainerMixin(_Trainer):
 
     def train(self) -> Any:
         try:
-            return super().train()
+            with contextlib.suppress(TrainingDone), ends_when_done():
+                return super().train()
+            return None  # a loop of the project's own, which the exception has ended
         finally:
             if self._record:
                 self._record.release()
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
+        if isinstance(getattr(self.scheduler, "last_epoch", None), float):
+            # Saved by AGVM.SCHEDULE gain, which sets it to its progress if it goes on.
+            self.scheduler.last_epoch = self.iter + 1
         # A checkpoint saved without AGVM has fewer learning rates: one for each group unsplit.
         groups = self._trainer.optimizer.param_groups
         if hasattr(self.scheduler, "base_lrs") and len(self.scheduler.base_lrs) != len(groups):

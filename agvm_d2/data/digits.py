@@ -16,8 +16,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, load_sem_seg
@@ -32,11 +32,17 @@ COLORS = [
     (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189),
     (140, 86, 75), (227, 119, 194), (188, 189, 34), (23, 190, 207), (255, 221, 0),
 ]  # fmt: skip
-GROUND_COLORS = [(40, 60, 90), (90, 110, 70)]
 GROUNDS = ["temple", "flower"]  # what the two photographs show; COCO category ids 11 and 12
 SPLITS = {"train": 2000, "val": 300}
 TRAIN_DIGITS = 1437
 MIN_VISIBLE = 0.5  # of a digit's pixels, else a later one is not pasted over it
+
+
+class Sources(NamedTuple):
+    """What images are made of."""
+
+    photos: Sequence[np.ndarray]  # (height, width, 3), uint8
+    samples: Sequence[tuple[np.ndarray, int]]  # a glyph, uint8 with ink at 255, and its digit
 
 
 def root() -> str:
@@ -44,13 +50,28 @@ def root() -> str:
     return os.path.join(datasets, f"digits_{VERSION}")
 
 
-def register() -> None:
-    """Register `digits_{train,val}` and their `_sem_seg` and `_panoptic` forms."""
+def register(
+    name: str = "digits",
+    splits: Iterable[str] = SPLITS,
+    folder: Callable[[], str] = root,
+    make_folder: Callable[[str], None] | None = None,
+    grounds: Sequence[str] = GROUNDS,
+) -> None:
+    """Register `NAME_{train,val}` and their `_sem_seg` and `_panoptic` forms.
+
+    Args:
+        folder, make_folder: where the files are, and what writes them if they are not there.
+        grounds: what each of the photographs shows.
+    """
     things = {i + 1: i for i in range(len(CLASSES))}  # COCO category id -> index
-    for split in SPLITS:
+    ground_colors = [
+        (40 + 50 * i % 200, 60 + 50 * i % 190, 90 - 20 * i % 90) for i, _ in enumerate(grounds)
+    ]
+    stuff = {0: 0, **{11 + i: 1 + i for i in range(len(grounds))}}
+    for split in splits:
 
         def path(kind: str, split: str = split) -> str:
-            return os.path.join(root(), kind.format(split))
+            return os.path.join(folder(), kind.format(split))
 
         instances: dict[str, Any] = {
             "json_file": path("annotations/instances_{}.json"),
@@ -65,8 +86,8 @@ def register() -> None:
                 "evaluator_type": "sem_seg",
                 "image_root": path("{}"),
                 "sem_seg_root": path("sem_seg_{}"),
-                "stuff_classes": CLASSES + GROUNDS,
-                "stuff_colors": COLORS + GROUND_COLORS,
+                "stuff_classes": [*CLASSES, *grounds],
+                "stuff_colors": COLORS + ground_colors,
                 "ignore_label": 255,
             },
             "_panoptic": {
@@ -75,20 +96,22 @@ def register() -> None:
                 "sem_seg_root": path("panoptic_stuff_{}"),
                 "panoptic_root": path("panoptic_{}"),
                 "panoptic_json": path("annotations/panoptic_{}.json"),
-                "stuff_classes": ["things", *GROUNDS],
-                "stuff_colors": [(200, 200, 200), *GROUND_COLORS],
-                "stuff_dataset_id_to_contiguous_id": {0: 0, 11: 1, 12: 2},
+                "stuff_classes": ["things", *grounds],
+                "stuff_colors": [(200, 200, 200), *ground_colors],
+                "stuff_dataset_id_to_contiguous_id": stuff,
                 "ignore_label": 255,
             },
         }
         for form, metadata in forms.items():
-            name = f"digits_{split}{form}"
-            DatasetCatalog.register(name, lambda m=metadata: _load(m))
-            MetadataCatalog.get(name).set(made_on_first_use=True, **metadata)
+            full = f"{name}_{split}{form}"
+            DatasetCatalog.register(
+                full, lambda m=metadata: _load(m, folder(), make_folder or make)
+            )
+            MetadataCatalog.get(full).set(made_on_first_use=True, **metadata)
 
 
-def _load(metadata: dict) -> list[dict]:
-    make(root())
+def _load(metadata: dict, folder: str, make_folder: Callable[[str], None]) -> list[dict]:
+    make_folder(folder)
     dicts = []
     if "json_file" in metadata:
         dicts = load_coco_json(metadata["json_file"], metadata["image_root"])
@@ -103,8 +126,7 @@ def _load(metadata: dict) -> list[dict]:
 
 
 def make(folder: str, splits: dict[str, int] = SPLITS) -> None:
-    """Make the dataset in `folder` unless it is there. All of it appears at once, by a rename, so
-    an interrupted or parallel first use leaves no half of it.
+    """Make the dataset in `folder` unless it is there, as `make_whole`.
 
     Args:
         splits: split -> number of images.
@@ -112,6 +134,26 @@ def make(folder: str, splits: dict[str, int] = SPLITS) -> None:
     Raises:
         OSError: the folder cannot be written.
         ImportError: scikit-learn is missing.
+    """
+
+    def fill(folder: str) -> None:
+        for split, num_images in splits.items():
+            train = split == "train"
+            rng = np.random.default_rng(0 if train else 1)
+            write_split(folder, split, num_images, sources(train), rng, GROUNDS)
+
+    make_whole(folder, fill)
+
+
+def make_whole(folder: str, fill: Callable[[str], None]) -> None:
+    """Make `folder` unless it is there. All of it appears at once, by a rename, so an interrupted
+    or parallel first use leaves no half of it.
+
+    Args:
+        fill: writes what belongs there into the folder that it is given.
+
+    Raises:
+        OSError: the folder cannot be written.
     """
     if os.path.isdir(folder):
         return
@@ -123,8 +165,7 @@ def make(folder: str, splits: dict[str, int] = SPLITS) -> None:
                 return
             temporary = tempfile.mkdtemp(prefix=folder + ".making-")
             try:
-                for split, num_images in splits.items():
-                    _make_split(temporary, split, num_images)
+                fill(temporary)
                 os.chmod(temporary, 0o755)
                 os.rename(temporary, folder)
             finally:
@@ -136,10 +177,10 @@ def make(folder: str, splits: dict[str, int] = SPLITS) -> None:
         ) from error
 
 
-def _make_split(folder: str, split: str, num_images: int) -> None:
+def sources(train: bool) -> Sources:
+    """What the images of a split are made of."""
     from sklearn.datasets import load_digits, load_sample_images
 
-    train = split == "train"
     digits = load_digits()
     half = slice(0, TRAIN_DIGITS) if train else slice(TRAIN_DIGITS, None)
     glyphs = np.pad(digits.images[half] * (255 / 16), ((0, 0), (1, 1), (1, 1))).astype(np.uint8)
@@ -147,8 +188,24 @@ def _make_split(folder: str, split: str, num_images: int) -> None:
     photos = load_sample_images().images
     cuts = [photo.shape[1] * 3 // 4 for photo in photos]
     photos = [p[:, :c] if train else p[:, c:] for p, c in zip(photos, cuts, strict=True)]
+    return Sources(photos, samples)
 
-    rng = np.random.default_rng(0 if train else 1)
+
+def write_split(
+    folder: str,
+    split: str,
+    num_images: int,
+    sources: Sources,
+    rng: np.random.Generator,
+    grounds: Sequence[str],
+    size: int = SIZE,
+) -> None:
+    """Draw a split's images, and write them and their labels in COCO's formats.
+
+    Args:
+        grounds: what each of the photographs shows.
+        size: of an image, in pixels.
+    """
     for kind in ("{}", "sem_seg_{}", "panoptic_stuff_{}", "panoptic_{}"):
         os.makedirs(os.path.join(folder, kind.format(split)))
     os.makedirs(os.path.join(folder, "annotations"), exist_ok=True)
@@ -156,7 +213,7 @@ def _make_split(folder: str, split: str, num_images: int) -> None:
     annotations: list[dict] = []
     panoptic: list[dict] = []
     for image_id in range(1, num_images + 1):
-        picture, ground, digits_in_it = _draw(rng, photos, samples)
+        picture, ground, digits_in_it = draw(rng, sources, size)
         file_name = f"{image_id:06d}.png"
 
         def save(kind: str, pixels: np.ndarray, file_name: str = file_name) -> None:
@@ -165,7 +222,7 @@ def _make_split(folder: str, split: str, num_images: int) -> None:
 
         save("{}", picture)
         sem_seg, stuff, segment = (
-            np.full((SIZE, SIZE), value, np.uint8)
+            np.full((size, size), value, np.uint8)
             for value in (len(CLASSES) + ground, 1 + ground, 0)
         )
         segments = [{"category_id": len(CLASSES) + ground + 1}]
@@ -179,7 +236,7 @@ def _make_split(folder: str, split: str, num_images: int) -> None:
         for i, entry in enumerate(segments):
             entry.update(id=i + 1, iscrowd=0, area=int((segment == i).sum()))
         panoptic.append({"image_id": image_id, "file_name": file_name, "segments_info": segments})
-        images.append({"id": image_id, "file_name": file_name, "width": SIZE, "height": SIZE})
+        images.append({"id": image_id, "file_name": file_name, "width": size, "height": size})
         for label, mask in digits_in_it:
             annotations.append(
                 {
@@ -187,49 +244,47 @@ def _make_split(folder: str, split: str, num_images: int) -> None:
                     "image_id": image_id,
                     "category_id": label + 1,
                     "iscrowd": 0,
-                    **_outline(mask),
+                    **outline(mask),
                 }
             )
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
-    grounds = [{"id": 11 + i, "name": name, "isthing": 0} for i, name in enumerate(GROUNDS)]
+    stuff_kinds = [{"id": 11 + i, "name": name, "isthing": 0} for i, name in enumerate(grounds)]
     info = {"description": "handwritten digits (UCI, CC BY 4.0) on scikit-learn's photographs"}
     for kind, labels, classes in (
         ("instances", annotations, categories),
-        ("panoptic", panoptic, [{**c, "isthing": 1} for c in categories] + grounds),
+        ("panoptic", panoptic, [{**c, "isthing": 1} for c in categories] + stuff_kinds),
     ):
         content = {"info": info, "images": images, "annotations": labels, "categories": classes}
         with open(os.path.join(folder, "annotations", f"{kind}_{split}.json"), "w") as f:
             f.write(json.dumps(content))
 
 
-def _draw(
-    rng: np.random.Generator,
-    photos: Sequence[np.ndarray],
-    samples: Sequence[tuple[np.ndarray, int]],
+def draw(
+    rng: np.random.Generator, sources: Sources, size: int = SIZE
 ) -> tuple[np.ndarray, int, list[tuple[int, np.ndarray]]]:
-    """One picture (SIZE, SIZE, 3) uint8, which photograph it is on, and its digits [(label, visible
+    """One picture (size, size, 3) uint8, which photograph it is on, and its digits [(label, visible
     mask)]."""
+    photos, samples = sources
     which = int(rng.integers(len(photos)))
     photo = photos[which]
-    crop = int(rng.integers(SIZE // 2, min(photo.shape[:2]) + 1))
+    crop = int(rng.integers(size // 2, min(photo.shape[:2]) + 1))
     y, x = (int(rng.integers(0, length - crop + 1)) for length in photo.shape[:2])
     ground = Image.fromarray(photo[y : y + crop, x : x + crop])
-    pixels = np.asarray(ground.resize((SIZE, SIZE), Image.Resampling.BILINEAR), dtype=np.float32)
+    pixels = np.asarray(ground.resize((size, size), Image.Resampling.BILINEAR), dtype=np.float32)
     picture: np.ndarray = pixels * rng.uniform(0.5, 1.0)
 
     found: list[tuple[int, np.ndarray]] = []
     areas: list[int] = []
     for _ in range(int(rng.integers(2, 8))):
         glyph, label = samples[int(rng.integers(len(samples)))]
-        size = int(rng.integers(16, 49))  # with a margin of 1/10 on each side
-        ink = np.zeros((SIZE, SIZE), np.float32)
-        top, left = rng.integers(0, SIZE - size + 1, 2)
-        ink[top : top + size, left : left + size] = np.asarray(
-            Image.fromarray(glyph).resize((size, size), Image.Resampling.BICUBIC),
-            dtype=np.float32,
-        )
-        ink /= 255
-        mask = ink > 0.5
+        # A sixth to a half of the picture, with a margin of 1/10 on each side.
+        side = int(rng.integers(size // 6, size // 2 + 1))
+        top, left = rng.integers(0, size - side + 1, 2)
+        window = slice(top, top + side), slice(left, left + side)
+        resized = Image.fromarray(glyph).resize((side, side), Image.Resampling.BICUBIC)
+        ink = np.asarray(resized, dtype=np.float32) / 255
+        mask = np.zeros((size, size), bool)
+        mask[window] = ink > 0.5
         visible = [m & ~mask for _, m in found]
         hides = any(v.sum() < MIN_VISIBLE * a for v, a in zip(visible, areas, strict=True))
         if hides or not mask.any():
@@ -241,17 +296,19 @@ def _draw(
         mean = picture[mask].mean(0)
         colour = rng.uniform(0, 255, 3)
         colour = np.where(np.abs(colour - mean) < 70, (mean + 128) % 256, colour)
-        picture = picture * (1 - ink[..., None]) + colour * ink[..., None]
+        inked = picture[window] * (1 - ink[..., None]) + colour * ink[..., None]
+        picture = picture.astype(inked.dtype, copy=False)  # float64 from the first digit on
+        picture[window] = inked
     picture = picture + rng.normal(0, 4, picture.shape)
     return picture.round().clip(0, 255).astype(np.uint8), which, found
 
 
-def _outline(mask: np.ndarray) -> dict:
+def outline(mask: np.ndarray) -> dict:
     """COCO's `segmentation` (outer polygons), `area` and `bbox` of a boolean mask."""
     from contourpy import FillType, contour_generator
 
     padded = np.pad(mask, 1).astype(np.float64)
-    centers = np.arange(-1, SIZE + 1) + 0.5  # pixel i covers [i, i + 1]
+    centers = np.arange(-1, len(mask) + 1) + 0.5  # pixel i covers [i, i + 1]
     contours = contour_generator(centers, centers, padded, fill_type=FillType.OuterOffset)
     polygons = [
         _corners(points[offsets[0] : offsets[1] - 1])

@@ -1,4 +1,4 @@
-"""Accuracy against batch size, for AGVM and for what else one would pick: docs/evidence.md.
+"""Accuracy against batch size, for AGVM and for what else one would pick: docs/evidence-tables.md.
 
 The setting: thin models on the bundled digits at 64x64 pixels, from a backbone trained on digit
 classification (benchmarks/pretrain.py) whose first stage is frozen; a fixed budget of images,

@@ -3,7 +3,7 @@
     python -m benchmarks.study run --pipeline faster_rcnn --method agvm --batch 128 --lr 0.16
     python -m benchmarks.study grid            # all that is missing, two runs side by side
     python -m benchmarks.study grid --quick    # another file, another budget: minutes
-    python -m benchmarks.study tables          # print the tables of docs/evidence.md
+    python -m benchmarks.study tables          # print the tables of docs/evidence-tables.md
     python -m benchmarks.study tables --write  # put them there, and draw the figure
 
 A finished run is one line of benchmarks/results/large_batch.jsonl; a grid that was stopped goes on
@@ -44,7 +44,7 @@ def main() -> None:
     every.add_argument("--jobs", type=int, default=2)
     every.add_argument("--minutes", type=float, default=1e6, help="start nothing new after that")
     tables = commands.add_parser("tables", help="what the runs say")
-    tables.add_argument("--write", action="store_true", help="into docs/evidence.md")
+    tables.add_argument("--write", action="store_true", help="into docs/evidence-tables.md")
     for part, default in (
         (one, ROOT / "output/large_batch.jsonl"),
         (every, None),

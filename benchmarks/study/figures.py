@@ -1,4 +1,4 @@
-"""The figure of docs/evidence.md."""
+"""The figure of docs/evidence-tables.md."""
 
 from __future__ import annotations
 import statistics

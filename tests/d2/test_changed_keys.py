@@ -318,11 +318,11 @@ def test_a_lazy_configs_text_is_compared_without_being_run():
         )
 
     a, b = (
-        dict(resume._flat(resume._plain(resume.config_text(c))))
+        dict(resume._flat(resume.plain_config(resume.config_text(c))))
         for c in (make(1, "x"), make(2, "y"))
     )
     assert list(resume.differences(a, b)) == [("optimizer.lr", 1, 2)]
     evil = "a: !!python/object/apply:os.mkdir [evil]\nb: 1\n"
-    assert resume._plain(evil) == {"a": "object/apply:os.mkdir ['evil']", "b": 1}
+    assert resume.plain_config(evil) == {"a": "object/apply:os.mkdir ['evil']", "b": 1}
     assert not os.path.exists("evil")
     json.dumps(a)  # plain

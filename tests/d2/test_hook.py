@@ -229,3 +229,18 @@ def test_settings_without_effect_are_named(d2_log, options, message):
     assert "nothing will be measured" not in d2_log.text and "is not above" not in d2_log.text
     make_hook(model, sgd(model), **options)
     assert message in d2_log.text
+
+
+def test_a_loop_without_a_trainer_follows_progress_itself():
+    model = ToyDetector()
+    options = {"rule": "gain", "schedule": "gain", "base_batch_size": 4, "batch_size": 8}
+    hook = make_hook(model, sgd(model), **options)
+    with EventStorage(0), pytest.raises(ValueError, match="hook.agvm.follow"):
+        hook.before_step()
+    hook.agvm.max_iter = 3
+    hook.agvm.follow(LRMultiplier(hook.agvm.optimizer, LinearParamScheduler(1, 0), 3))
+    with EventStorage(0) as storage:
+        while not hook.agvm.done:
+            step(hook, model, hook.agvm.optimizer, storage.iter)
+            storage.step()
+    assert storage.iter < 3 <= hook.agvm.progress

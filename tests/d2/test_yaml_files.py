@@ -26,7 +26,7 @@ def read(path, *opts, **flags):
 
 
 def solver(path, **flags):
-    return recipe.read_solver(str(path), **flags)
+    return recipe.read_baseline(str(path), **flags)
 
 
 @pytest.fixture(autouse=True)

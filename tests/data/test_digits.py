@@ -64,12 +64,12 @@ def test_train_and_val_share_no_source(tmp_path, monkeypatch):
 
     given = []
 
-    def draw(rng, photos, samples):
-        given.append((photos, samples))
-        return real(rng, photos, samples)
+    def draw(rng, sources, size):
+        given.append(sources)
+        return real(rng, sources, size)
 
-    real = data._draw
-    monkeypatch.setattr(data, "_draw", draw)
+    real = data.draw
+    monkeypatch.setattr(data, "draw", draw)
     data.make(str(tmp_path / "digits"), {"train": 1, "val": 1})
     (train_photos, train), (val_photos, val) = given
     sources = load_digits()
@@ -89,7 +89,7 @@ def test_pictures_are_96_pixel_rgb(made):
 
 def test_an_interrupted_first_use_leaves_nothing(tmp_path, monkeypatch):
     folder = tmp_path / "datasets" / "digits"
-    real, calls = data._draw, []
+    real, calls = data.draw, []
 
     def interrupted(*args):
         calls.append(1)
@@ -97,11 +97,11 @@ def test_an_interrupted_first_use_leaves_nothing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(data, "_draw", interrupted)
+    monkeypatch.setattr(data, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
         data.make(str(folder), SMALL)
     assert [p.name for p in folder.parent.iterdir()] == ["digits.lock"]
-    monkeypatch.setattr(data, "_draw", real)
+    monkeypatch.setattr(data, "draw", real)
     data.make(str(folder), SMALL)
     assert folder.is_dir()
 

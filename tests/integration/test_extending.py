@@ -11,6 +11,7 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from helpers import RCNN_BASE, ROOT, VITDET
+from toy import ToyDetector, batch, loss
 
 import agvm_d2.data  # noqa: F401
 from agvm_d2.d2 import lazy
@@ -121,3 +122,13 @@ def test_a_plain_pytorch_project(tmp_path):
     assert state["modules"] == ["backbone", "fpn", "rpn", "box_head"] and state["num_units"] == 4
     assert state["factors"][0] == 1 and all(factor != 1 for factor in state["factors"][1:])
     assert done.stdout.startswith("1 {'agvm/variance/backbone'")
+
+
+def test_a_loop_that_lasts_as_long_as_the_gain_asks():
+    space = {}
+    exec(code("Only the batch changes"), space)
+    batches = ([batch(16, seed=4 * i + k) for k in range(4)] for i in range(10**6))
+    agvm, iterations = space["train"](ToyDetector(), batches, loss, max_iter=60)
+    assert 15 < iterations < 60 <= agvm.progress
+    lr = agvm.optimizer.param_groups[0]["lr"]
+    assert lr == pytest.approx(0.002) and agvm.gain > 1.2

@@ -2,9 +2,10 @@
 
 import json
 import re
+import shutil
 import pytest
 import torch
-from helpers import VITDET, agvm_state, args, command, read
+from helpers import VITDET, agvm_state, args, command, read, same
 
 import train_net
 from agvm_d2.d2 import lazy
@@ -75,6 +76,28 @@ def test_a_resumed_run_is_exact(digits, tmp_path):
     assert whole["trainer"]["hooks"] == again["trainer"]["hooks"]
     for name, value in whole["model"].items():
         assert torch.equal(value, again["model"][name]), name
+
+
+def test_a_run_that_lasts_as_long_as_the_gain_asks(digits, tmp_path):
+    def run(folder, *more):
+        options = "train.max_iter=12 agvm.rule=gain agvm.schedule=gain agvm.base_batch_size=2"
+        options += f" agvm.start_iter=-1 agvm.momentum=0.5 train.output_dir={folder}"
+        options += " dataloader.train.mapper.augmentations=[] train.checkpointer.period=3"
+        cfg = lazy.load(VITDET, [*SHORT, *options.split(), *more])
+        cfg.dataloader.evaluator.output_dir = str(folder)
+        results = lazy.do_train(cfg, resume=True)
+        return torch.load(folder / "model_final.pth", weights_only=True), results
+
+    whole, results = run(tmp_path / "a")
+    assert 4 < whole["iteration"] + 1 < 12 and "segm" in results
+    (tmp_path / "b").mkdir()
+    shutil.copy(tmp_path / "a" / "model_0000002.pth", tmp_path / "b")
+    (tmp_path / "b" / "last_checkpoint").write_text("model_0000002.pth")
+    again, _ = run(tmp_path / "b", "dataloader.train.num_workers=1")
+    same(whole["model"], again["model"])
+    hooks, resumed = (found["trainer"]["hooks"] for found in (whole, again))
+    assert hooks["AGVMHook"] == resumed["AGVMHook"] and hooks["AGVMHook"]["progress"]
+    assert whole["iteration"] == again["iteration"]
 
 
 def test_two_workers_without_agvm(digits, tmp_path):

@@ -1,0 +1,234 @@
+"""`python -m agvm_d2.plan OUTPUT_DIR --batches 64 128 256`: from one run's noise scales, how many
+iterations and images `AGVM.SCHEDULE gain` needs at each batch, and what more GPUs would buy."""
+
+from __future__ import annotations
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+import matplotlib.pyplot as plt  # plot.py has chosen the backend
+import numpy as np
+
+from .d2.resume import plain_config
+from .plot import colours_of, modules_of, read_metrics
+from .recipe import INTERVAL, MOMENTUM
+from .validate import is_int
+
+FLAT = 0.9  # of the time: what twice the batch still takes where it is hardly worth it
+LIMITS = (
+    "It assumes that the noise scale depends on how far training is and not on the batch, and that "
+    "the run has measured it well: an average lags behind, at the start and after a drop of the "
+    "learning rate, and few gradients per iteration measure a large noise scale badly. Images per "
+    "second per GPU are taken as they are at any batch; few images per GPU, or many GPUs, make "
+    "them fewer."
+)
+
+
+class Measured(NamedTuple):
+    """What a run says about noise."""
+
+    base: int  # images of the batch that `iterations` is for
+    iterations: int  # that training lasts with it
+    # Module -> (share of training, images; inf where noise drowned the gradient).
+    noise: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+class Row(NamedTuple):
+    """Training at one batch."""
+
+    batch: int
+    iterations: int
+    images: int
+
+
+def read_run(output_dir: str, base: int | None = None) -> Measured:
+    """A run's noise scales, from its config.yaml and metrics.json.
+
+    Args:
+        base: images of the base batch; by default AGVM.BASE_BATCH_SIZE with AGVM.RULE "gain", else
+            the run's own batch.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, or has no noise scale.
+    """
+    path = os.path.join(output_dir, "config.yaml")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"'{path}' is not there: give the OUTPUT_DIR of a run")
+    with open(path) as f:
+        config = plain_config(f.read())
+
+    def value(yacs: str, lazy: str, default: Any = None) -> Any:
+        found: Any = config
+        for key in (lazy if "dataloader" in config else yacs).split("."):
+            found = found.get(key) if isinstance(found, dict) else None
+        return default if found is None else found
+
+    def number(yacs: str, lazy: str, default: int | None = None) -> int:
+        found = value(yacs, lazy, default)
+        if not is_int(found) or found < 1:
+            raise ValueError(f"{path}: {yacs} ({lazy}): found {found!r}, but it must be positive.")
+        return found
+
+    batch = number("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size")
+    max_iter = number("SOLVER.MAX_ITER", "train.max_iter")
+    own = batch  # that MAX_ITER is for
+    if value("AGVM.RULE", "agvm.rule") == "gain":
+        base = base or number("AGVM.BASE_BATCH_SIZE", "agvm.base_batch_size", 16)
+    by_gain = value("AGVM.SCHEDULE", "agvm.schedule") == "gain"
+    if by_gain:
+        own = number("AGVM.BASE_BATCH_SIZE", "agvm.base_batch_size", 16)
+    base = base or batch
+    follows = by_gain and value("AGVM.MODE", "agvm.mode", "modulate") == "modulate"
+    series = read_metrics(os.path.join(output_dir, "metrics.json"))
+    if "agvm/noise_scale/model" not in series:
+        raise ValueError(
+            f"{output_dir} has no agvm/noise_scale/model in its metrics.json: nothing was "
+            "measured, or all was noise. Train with AGVM.ENABLED True (AGVM.MODE monitor is "
+            "enough), and two workers or micro-batches."
+        )
+    progress = dict(zip(*series.get("agvm/progress", ((), ())), strict=True))
+    noise = {}
+    for name in modules_of(series, "noise_scale"):
+        images = dict(zip(*series[f"agvm/noise_scale/{name}"], strict=True))
+        # Measured, but without a noise scale: the gradient was drowned by it.
+        points = sorted((progress[i] if follows else i, images.get(i, np.inf)) for i in progress)
+        if not points:
+            raise ValueError(f"{output_dir} has no agvm/progress: it is a run of version 0.1.")
+        share, scale = np.array(points).T
+        noise[name] = (share / max_iter, np.where(np.isnan(scale), np.inf, scale))
+    return Measured(base, round(max_iter * own / base), noise)
+
+
+def gain_of(signal: float, base: int, batch: int) -> float:
+    """(1 + B/base)/(1 + B/batch) of the noise scale B = 1/signal: `variance.lr_gain`, of averages.
+
+    >>> gain_of(1 / 48, base=16, batch=64)  # 4 / 1.75
+    2.285714285714286
+    """
+    return (signal + 1 / base) / (signal + 1 / batch)
+
+
+def predict(measured: Measured, batch: int) -> Row:
+    """Training by the gain as it will go, from its first iteration on, with the settings that
+    `agvm_d2.recipe --rule gain` prints.
+
+    Raises:
+        ValueError: a batch below the base batch.
+    """
+    if batch < measured.base:
+        raise ValueError(f"--batches: {batch} is below the base batch, {measured.base} images.")
+    share, noise = measured.noise["model"]
+    signal, total = 1 / noise, measured.iterations
+    progress, gain, iteration = 0.0, 1.0, 0
+    while progress < total:
+        if iteration % INTERVAL == 0:
+            now = float(np.interp(progress / total, share, signal))
+            gain = MOMENTUM * gain + (1 - MOMENTUM) * gain_of(now, measured.base, batch)
+        progress += gain
+        iteration += 1
+    return Row(batch, iteration, iteration * batch)
+
+
+def is_flat(measured: Measured, row: Row) -> bool:
+    """Does twice the batch, on twice the GPUs, take nearly as long?"""
+    return predict(measured, 2 * row.batch).iterations > FLAT * row.iterations
+
+
+def table(
+    measured: Measured, rows: Sequence[Row], gpus: Sequence[int], images_per_second: float | None
+) -> str:
+    """Text, a line for each batch.
+
+    Args:
+        images_per_second: of one GPU; without it there are no hours.
+    """
+    base_images = measured.base * measured.iterations
+    head = ["batch", "iterations", "fewer", "images", "efficiency"]
+    head += [f"hours on {n}" for n in gpus if images_per_second]
+    head += ["GPU-hours"] if images_per_second else []
+    lines = [head]
+    for row in rows:
+        line = [
+            str(row.batch),
+            f"{row.iterations:,}",
+            f"{measured.iterations / row.iterations:.1f}x",
+            f"{row.images:,}",
+            f"{100 * base_images / row.images:.0f} %",
+        ]
+        if images_per_second:
+            seconds = row.images / images_per_second
+            line += [f"{seconds / n / 3600:.2f}" if n <= row.batch else "-" for n in gpus]
+            line += [f"{seconds / 3600:.2f}"]
+        lines.append(line)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    flat = next((row.batch for row in rows if is_flat(measured, row)), None)
+    marks = ["", *("  <- twice the GPUs hardly save time" if r.batch == flat else "" for r in rows)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + mark
+        for line, mark in zip(lines, marks, strict=True)
+    )
+
+
+def draw(measured: Measured, rows: Sequence[Row], picture: str) -> None:
+    """Time against cost, and the noise scales over training, as a PNG."""
+    with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        base_images = measured.base * measured.iterations
+        time = [row.iterations / measured.iterations for row in rows]
+        cost = [row.images / base_images for row in rows]
+        left.plot(cost, time, "o-", color="black", lw=1.4)
+        for row, x, y in zip(rows, cost, time, strict=True):
+            left.annotate(f"{row.batch}", (x, y), (4, 4), textcoords="offset points")
+        left.set(
+            xlabel=f"images / those of batch {measured.base}",
+            ylabel=f"iterations / those of batch {measured.base}",
+            title="each batch: what it costs, how long it takes",
+            xscale="log",
+            yscale="log",
+        )
+        names = [name for name in measured.noise if name != "model"]
+        colours = {**colours_of(names), "model": "black"}
+        for name, (share, images) in measured.noise.items():
+            right.plot(100 * share, images, color=colours[name], label=name, lw=1.4)
+        right.set(xlabel="% of training", ylabel="noise scale, images", title="noise", yscale="log")
+        right.legend(frameon=False)
+        figure.savefig(picture, dpi=160)
+        plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output_dir", help="OUTPUT_DIR of any run with AGVM, also in monitor mode")
+    parser.add_argument("--batches", type=int, nargs="+", required=True, metavar="N")
+    parser.add_argument("--base-batch", type=int, metavar="N", help="default: the run's")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1], metavar="N")
+    parser.add_argument("--images-per-second", type=float, metavar="X", help="of one GPU")
+    parser.add_argument("--out", metavar="PNG", help="default: OUTPUT_DIR/plan.png")
+    args = parser.parse_args(argv)
+    try:
+        for flag, values in (
+            ("--batches", args.batches),
+            ("--base-batch", [args.base_batch or 1]),
+            ("--gpus", args.gpus),
+            ("--images-per-second", [args.images_per_second or 1]),
+        ):
+            if not all(value > 0 for value in values):
+                raise ValueError(f"{flag}: found {values}, but it must be positive.")
+        measured = read_run(args.output_dir, args.base_batch)
+        rows = [predict(measured, batch) for batch in sorted(set(args.batches))]
+        picture = args.out or os.path.join(args.output_dir, "plan.png")
+        print(
+            f"# Base: batch {measured.base}, {measured.iterations:,} iterations, "
+            f"{measured.base * measured.iterations:,} images.\n"
+            + table(measured, rows, args.gpus, args.images_per_second)
+            + f"\n# {LIMITS}"
+        )
+        draw(measured, rows, picture)
+        print(picture)
+    except (OSError, ValueError) as error:
+        sys.exit(f"agvm_d2.plan: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

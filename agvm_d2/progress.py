@@ -1,0 +1,116 @@
+"""Training counted in iterations of the base batch: how far it is, and when it is done."""
+
+from __future__ import annotations
+import warnings
+from typing import TYPE_CHECKING, Any
+import torch
+
+from .variance import lr_gain
+
+if TYPE_CHECKING:
+    from .moments import Moments
+
+
+class Progress:
+    """AdaScale's scale-invariant iterations (Johnson et al. 2020, arXiv 2007.05105): a step counts
+    as many steps of the base batch as its gain, from 1 to the ratio of the batches.
+
+    >>> from agvm_d2.moments import pairwise_moments
+    >>> progress = Progress(modules=1, base_share=1 / 4, momentum=0.5)
+    >>> progress.update(pairwise_moments(torch.tensor([4.0]), torch.tensor([1.0]), num_units=4))
+    >>> progress.advance(raised=True)  # all noise: a gain of 4, averaged with the 1 at the start
+    >>> progress.iterations
+    2.5
+
+    Args:
+        modules: how many.
+        base_share: images of the base batch over those of an iteration.
+        momentum: of the moving average of the gains.
+    """
+
+    def __init__(self, modules: int, base_share: float, momentum: float):
+        self.base_share, self.momentum = base_share, momentum
+        # Of each module, and of the whole model; as the learning rates, from 1 on.
+        self.gains = torch.ones(modules + 1, dtype=torch.float64)
+        self.iterations = 0.0  # made
+        self.possible = 0.0  # with each step's learning rates times its gain
+
+    @property
+    def gain(self) -> float:
+        """Of the whole model: what one step counts."""
+        return self.gains[-1].item()
+
+    def update(self, moments: Moments) -> None:
+        """Take a measurement in. What is not finite in it changes nothing."""
+        sums = [torch.cat([s, s.sum(0, keepdim=True)]) for s in (moments.unit_sq, moments.mean_sq)]
+        units = moments.num_units
+        new = lr_gain(*sums, num_units=units, base_units=units * self.base_share)
+        new = self.momentum * self.gains + (1 - self.momentum) * new
+        self.gains = torch.where(new.isfinite(), new, self.gains)
+
+    def advance(self, raised: bool, possible: bool = True) -> None:
+        """An iteration was made.
+
+        Args:
+            raised: by a step with its learning rates times the gain.
+            possible: it could have been raised.
+        """
+        self.iterations += self.gain if raised else 1.0
+        self.possible += self.gain if possible else 1.0
+
+    def state_dict(self) -> dict:
+        return {
+            "iterations": self.iterations,
+            "possible": self.possible,
+            "gains": self.gains.tolist(),
+            "base_share": self.base_share,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a saved state; with another ratio of the batches, at gains of 1."""
+        self.iterations, self.possible = state["iterations"], state["possible"]
+        if state["base_share"] == self.base_share:
+            self.gains = torch.tensor(state["gains"], dtype=torch.float64)
+
+
+def set_position(scheduler: Any, position: float) -> None:
+    """Set the learning rates to those that a torch LR scheduler has after `position` steps."""
+    scheduler.last_epoch = position - 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # at the start: "step() before optimizer.step()"
+        scheduler.step()
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """See that an LR scheduler's rates follow from its `last_epoch` alone, a whole number or not.
+
+    Raises:
+        ValueError: they follow from the rates or steps before, as those of many of torch's do.
+    """
+    groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", [])
+    lrs, before = [group["lr"] for group in groups], dict(vars(scheduler))
+    found: list[Any] = [None]
+
+    def at(position: float, factor: float = 1.0) -> list[float]:
+        for group, lr in zip(groups, lrs, strict=True):
+            group["lr"] = lr * factor
+        set_position(scheduler, position)
+        return [float(group["lr"]) for group in groups]
+
+    try:
+        scheduler._step_count = 3  # some of torch's begin in another way than they go on
+        found = [at(1.25), at(1.75) and at(1.25), at(1.25, 2.0)]
+    except Exception as error:  # such as a table with a row for each iteration
+        found = [error, None]
+    finally:
+        vars(scheduler).clear()
+        vars(scheduler).update(before)
+        for group, lr in zip(groups, lrs, strict=True):
+            group["lr"] = lr
+    if not groups or any(rates != found[0] for rates in found):
+        raise ValueError(
+            f"AGVM.SCHEDULE gain: the LR scheduler {type(scheduler).__name__} counts iterations "
+            "one by one, but progress is no whole number. Use one whose rates follow from "
+            "last_epoch: Detectron2's LRMultiplier, with any fvcore ParamScheduler, or torch's "
+            "LambdaLR."
+        )

