@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 from . import __doc__ as description
+from .figures import draw
 from .plan import GRID
 from .run import RESULTS, do_run, grid, read
 from .setting import ARMS, ITERATIONS, PIPELINES, ROOT, Run
-from .tables import report, write
+from .tables import DOCUMENT, report, write
 
 
 def main() -> None:
@@ -37,8 +38,12 @@ def main() -> None:
     tables.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.command == "tables":
-        text = report(read(args.results))
-        write(text) if args.write else print(text)
+        rows = read(args.results)
+        if args.write:
+            write(report(rows))
+            draw(rows, DOCUMENT.parent)
+        else:
+            print(report(rows))
     elif args.command == "run":
         row = do_run(Run(**{key: getattr(args, key) for key in Run._fields}), args.results)
         print(json.dumps({k: v for k, v in row.items() if k != "curves"}))

@@ -11,7 +11,7 @@ from agvm_d2.d2.checks import check_config
 from agvm_d2.data import digits
 from agvm_d2.moments import pairwise_moments
 from agvm_d2.rules import RULES
-from benchmarks.any_batch import run, scenes, setting, tables
+from benchmarks.any_batch import figures, run, scenes, setting, tables
 
 
 @pytest.fixture
@@ -94,6 +94,7 @@ def test_results_are_read_back(tmp_path):
 
 def row(run_, accuracy, took, noise=()):
     curves = {"iteration": [took * i // len(noise) for i, _ in enumerate(noise)]}
+    curves |= {"progress": [10, 3000], "gain/model": [1.0, 2.0]}
     return {
         **run_._asdict(),
         "accuracy": accuracy,
@@ -104,7 +105,7 @@ def row(run_, accuracy, took, noise=()):
     }
 
 
-def test_the_tables_by_hand():
+def test_the_tables_by_hand(tmp_path):
     base = setting.Run("faster_rcnn", "sgd", 32, 0.02, 1)
     gain = setting.Run("faster_rcnn", "gain", 128, 0.02, 1)
     rows = {
@@ -113,6 +114,8 @@ def test_the_tables_by_hand():
         gain: row(gain, 45.0, 1300),
         gain._replace(seed=2): row(gain._replace(seed=2), 47.0, 1500),
     }
+    figures.draw(rows, tmp_path)
+    assert (tmp_path / "any_batch.png").stat().st_size > 10_000
     text = tables.report(rows)
     assert text.startswith(
         "4 runs, 4.0 hours of one core (m; torch 2; hash of the first weights h)"
