@@ -3,7 +3,6 @@ learning rate inside `optimizer.step`. Knows nothing of Detectron2."""
 
 from __future__ import annotations
 import logging
-import math
 from typing import Any
 import torch
 import torch.distributed as dist
@@ -16,7 +15,7 @@ from .moments import BucketTap, CommHook, GradientTap, TensorTap
 from .norms import Modules
 from .param_groups import module_of_groups, require_hooks
 from .precondition import Precondition, preconditioner
-from .progress import Progress, check_scheduler, set_position
+from .progress import Progress
 from .rules import RULES
 from .settings import Settings
 
@@ -79,7 +78,6 @@ class AGVM:
         self.settings = settings = (settings or Settings()).check()
         self.model, self.optimizer = model, optimizer
         self.micro_batches, self.batch_size = micro_batches, batch_size
-        self.max_iter = max_iter
         self.modules = assign_modules(model, settings.modules)
         workers = dist.get_world_size() if dist.is_initialized() else 1
         self.num_units = workers * micro_batches
@@ -99,15 +97,13 @@ class AGVM:
                 f"{settings.base_batch_size}, for which SOLVER.BASE_LR, MAX_ITER and STEPS are. "
                 "Set SOLVER.IMS_PER_BATCH to as many or more."
             )
-        self._progress = Progress(len(names), share, settings.momentum)
-        self.schedulers: list[Any] = []  # those that follow progress
+        self._progress = Progress(len(names), share, settings.momentum, max_iter)
         self.measured = False
         self.tap: GradientTap | None = None
         self._comm_hook = comm_hook
         self._group_module = module_of_groups(optimizer, self.modules)
         self._handles: list[Any] = []
         self._iteration, self._depth = -1, 0
-        self._counted = True  # in progress
         self._wanted = self._warned = False  # a measurement; a warning has been given
         self._rehearsal = True
         self._saved_lrs: list[Any] | None = None
@@ -163,9 +159,7 @@ class AGVM:
         """
         self.attach()
         self._iteration, self._depth, self.measured = iteration, 0, False
-        self._counted = False
-        for scheduler in self.schedulers:  # where it steps to if this iteration takes no step
-            scheduler.last_epoch = self._position(self._progress.iterations + 1) - 1
+        self._progress.begin()
         self._wanted = self.modulator.active(iteration) and (
             self._wanted or self.modulator.due(iteration)
         )
@@ -219,8 +213,6 @@ class AGVM:
             self._restore_lrs()
             groups = self.optimizer.param_groups  # without gradients where the step was left out
             self._count(any(p.grad is not None for group in groups for p in group["params"]))
-            for scheduler in self.schedulers:  # its own step, which comes next, adds one
-                scheduler.last_epoch = self._position(self._progress.iterations) - 1
 
     def _restore_lrs(self) -> None:
         if self._saved_lrs is not None:
@@ -236,28 +228,30 @@ class AGVM:
             ValueError: its rates do not follow from `last_epoch` alone.
         """
         if self.settings.by_gain:
-            check_scheduler(scheduler)
-            set_position(scheduler, self._position(self._progress.iterations))
-            if scheduler not in self.schedulers:
-                self.schedulers.append(scheduler)
-
-    def _position(self, progress: float) -> float:
-        """Of the LR schedule."""
-        end = math.inf if self.max_iter is None else self.max_iter
-        return min(progress, end * (1 - 1e-5))  # a few of fvcore's have no end
+            self._progress.follow(scheduler)
 
     def _count(self, stepped: bool) -> None:
-        """Progress of this iteration, once. One without a step counts as it would at the base
-        batch, 1; so do iterations over which a project accumulates."""
-        if not self._counted:
-            self._counted = True
-            possible = stepped and self.modulator.active(self._iteration)
-            gains = self.settings.mode == "modulate" and self.settings.rule != "variance"
-            self._progress.advance(possible and gains, possible)
+        possible = stepped and self.modulator.active(self._iteration)
+        gains = self.settings.mode == "modulate" and self.settings.rule != "variance"
+        self._progress.count(possible and gains, possible)
 
     def restart(self) -> None:
         """Progress is 0 again, for training that begins anew."""
-        self._progress.iterations = self._progress.possible = 0.0
+        self._progress.restart()
+
+    @property
+    def max_iter(self) -> int | None:
+        """Iterations of training; with `schedule="gain"`, those of the base batch."""
+        return self._progress.max_iter
+
+    @max_iter.setter
+    def max_iter(self, value: int) -> None:
+        self._progress.max_iter = value
+
+    @property
+    def follows(self) -> bool:
+        """Does an LR scheduler follow progress?"""
+        return bool(self._progress.schedulers)
 
     @property
     def progress(self) -> float:

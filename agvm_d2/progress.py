@@ -1,6 +1,7 @@
-"""Training counted in iterations of the base batch: how far it is, and when it is done."""
+"""Training counted in iterations of the base batch: how far it is, and where its LR schedule."""
 
 from __future__ import annotations
+import math
 import warnings
 from typing import TYPE_CHECKING, Any
 import torch
@@ -18,7 +19,8 @@ class Progress:
     >>> from agvm_d2.moments import pairwise_moments
     >>> progress = Progress(modules=1, base_share=1 / 4, momentum=0.5)
     >>> progress.update(pairwise_moments(torch.tensor([4.0]), torch.tensor([1.0]), num_units=4))
-    >>> progress.advance(raised=True)  # all noise: a gain of 4, averaged with the 1 at the start
+    >>> progress.begin()
+    >>> progress.count(raised=True)  # all noise: a gain of 4, averaged with the 1 at the start
     >>> progress.iterations
     2.5
 
@@ -26,14 +28,19 @@ class Progress:
         modules: how many.
         base_share: images of the base batch over those of an iteration.
         momentum: of the moving average of the gains.
+        max_iter: iterations of the base batch after which the schedule ends.
     """
 
-    def __init__(self, modules: int, base_share: float, momentum: float):
-        self.base_share, self.momentum = base_share, momentum
+    def __init__(
+        self, modules: int, base_share: float, momentum: float, max_iter: int | None = None
+    ):
+        self.base_share, self.momentum, self.max_iter = base_share, momentum, max_iter
         # Of each module, and of the whole model; as the learning rates, from 1 on.
         self.gains = torch.ones(modules + 1, dtype=torch.float64)
         self.iterations = 0.0  # made
         self.possible = 0.0  # with each step's learning rates times its gain
+        self.schedulers: list[Any] = []  # those that follow it
+        self._counted = True  # this iteration
 
     @property
     def gain(self) -> float:
@@ -48,15 +55,44 @@ class Progress:
         new = self.momentum * self.gains + (1 - self.momentum) * new
         self.gains = torch.where(new.isfinite(), new, self.gains)
 
-    def advance(self, raised: bool, possible: bool = True) -> None:
-        """An iteration was made.
+    def begin(self) -> None:
+        """An iteration begins."""
+        self._counted = False
+        self._place(self.iterations + 1)  # if it takes no step
+
+    def count(self, raised: bool, possible: bool = True) -> None:
+        """The iteration took a step, or ended without one; the first call in it counts.
 
         Args:
-            raised: by a step with its learning rates times the gain.
-            possible: it could have been raised.
+            raised: its learning rates were multiplied by the gain. If not it counts as it would at
+                the base batch, 1; so do iterations over which a project accumulates.
+            possible: they could have been.
         """
-        self.iterations += self.gain if raised else 1.0
-        self.possible += self.gain if possible else 1.0
+        if not self._counted:
+            self._counted = True
+            self.iterations += self.gain if raised else 1.0
+            self.possible += self.gain if possible else 1.0
+        self._place(self.iterations)
+
+    def restart(self) -> None:
+        """For training that begins anew."""
+        self.iterations = self.possible = 0.0
+
+    def follow(self, scheduler: Any) -> None:
+        """Let an LR scheduler, stepped after each iteration, stand where training does; ValueError:
+        see `check_scheduler`."""
+        check_scheduler(scheduler)
+        set_position(scheduler, self._position(self.iterations))
+        if scheduler not in self.schedulers:
+            self.schedulers.append(scheduler)
+
+    def _place(self, iterations: float) -> None:
+        for scheduler in self.schedulers:  # its own step, which comes next, adds one
+            scheduler.last_epoch = self._position(iterations) - 1
+
+    def _position(self, iterations: float) -> float:
+        end = math.inf if self.max_iter is None else self.max_iter
+        return min(iterations, end * (1 - 1e-5))  # a few of fvcore's schedules have no end
 
     def state_dict(self) -> dict:
         return {

@@ -21,9 +21,12 @@ def test_the_models_gain_is_that_of_the_sums():
     progress = Progress(modules=2, base_share=1 / 4, momentum=0.0)
     progress.update(moments([4.0, 4.0], [1.0, 4.0]))
     assert progress.gains.tolist() == pytest.approx([4.0, 1.0, 8 / 5])
-    progress.advance(raised=True)
-    progress.advance(raised=False)
-    progress.advance(raised=False, possible=False)
+    progress.begin()
+    progress.count(raised=True)
+    progress.begin()
+    progress.count(raised=False)
+    progress.begin()
+    progress.count(raised=False, possible=False)
     assert progress.iterations == pytest.approx(8 / 5 + 2)
     assert progress.possible == pytest.approx(16 / 5 + 1)
 
@@ -60,14 +63,16 @@ def test_at_the_base_batch_a_step_is_a_step():
     progress = Progress(modules=1, base_share=1.0, momentum=0.5)
     for mean_sq in (0.01, 0.5, 1.0):
         progress.update(moments([1.0], [mean_sq]))
-        progress.advance(raised=True)
+        progress.begin()
+        progress.count(raised=True)
     assert progress.iterations == 3
 
 
 def test_its_state_goes_on_and_with_another_ratio_at_gains_of_one():
     progress = Progress(modules=1, base_share=1 / 4, momentum=0.5)
     progress.update(moments([4.0], [1.0]))
-    progress.advance(raised=True)
+    progress.begin()
+    progress.count(raised=True)
     same, other = Progress(1, 1 / 4, 0.5), Progress(1, 1 / 2, 0.5)
     for new in (same, other):
         new.load_state_dict(progress.state_dict())
@@ -126,3 +131,23 @@ def test_an_object_that_is_no_scheduler_of_torchs():
 
     with pytest.raises(ValueError, match="AGVM.SCHEDULE gain: the LR scheduler Duck"):
         check_scheduler(Duck())
+
+
+def test_an_iteration_counts_once_and_places_its_schedulers():
+    sgd = optimizer()
+    scheduler = torch_schedulers.LambdaLR(sgd, lambda position: 1 - position / 10)
+    progress = Progress(modules=1, base_share=1 / 4, momentum=0.0, max_iter=10)
+    progress.update(moments([4.0], [1.0]))
+    progress.follow(scheduler)
+    lrs = []
+    for steps in ([True], [True, True], [], [True]):
+        progress.begin()
+        for raised in steps:
+            progress.count(raised)
+        scheduler.step()  # before the iteration ends, as in Detectron2
+        progress.count(raised=False)
+        lrs.append(sgd.param_groups[0]["lr"])
+    assert progress.iterations == 4 + 4 + 1 + 4
+    assert lrs == pytest.approx([0.6, 0.2, 0.1, 1e-5])  # and not beyond its end
+    progress.restart()
+    assert progress.iterations == progress.possible == 0 and progress.gain == 4

@@ -135,7 +135,7 @@ class AGVMHook(HookBase):
 
     def _by_gain(self) -> None:
         if getattr(self, "trainer", None) is None:
-            if not self.agvm.schedulers:
+            if not self.agvm.follows:
                 raise ValueError(
                     "AGVM.SCHEDULE gain: a loop without a trainer gives its LR scheduler to "
                     "hook.agvm.follow(scheduler), sets hook.agvm.max_iter, and ends when "

@@ -107,8 +107,9 @@ def train(run: Run, folder: Path) -> dict:
     arm, curves = ARMS[run.arm], Curves(agvm)
     trainer.register_hooks([curves])
     if arm.by_least:
-        share = agvm._progress.base_share
-        agvm._progress = LeastGain(len(agvm.modules), share, agvm.settings.momentum)
+        model = agvm._progress
+        least = LeastGain(len(agvm.modules), model.base_share, model.momentum, model.max_iter)
+        agvm._progress = least
     if arm.keep_decay:
         trainer.register_hooks([KeepDecay(agvm, cfg.SOLVER.STEPS[0])])
     task, metric, _ = PIPELINES[run.pipeline]

@@ -80,7 +80,8 @@ def test_the_studys_rules(name, wanted):
 def test_the_least_gain_is_a_modules():
     progress = run.LeastGain(modules=2, base_share=1 / 4, momentum=0.0)
     progress.update(MOMENTS)
-    progress.advance(raised=True)
+    progress.begin()
+    progress.count(raised=True)
     assert progress.iterations == 1
 
 
