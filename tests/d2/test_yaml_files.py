@@ -72,7 +72,7 @@ def test_the_flag_lets_it_run(tmp_path):
     code = '!!python/object/apply:eval ["tuple(10 * x for x in (1, 2))"]'
     (tmp_path / "c.yaml").write_text(f"SOLVER:\n  STEPS: {code}\n")
     assert read(tmp_path / "c.yaml", allow_unsafe=True).SOLVER.STEPS == (10, 20)
-    assert solver(tmp_path / "c.yaml", allow_unsafe=True).STEPS == (10, 20)
+    assert solver(tmp_path / "c.yaml", allow_unsafe=True).steps == (10, 20)
     recipe.main(["--config-file", "c.yaml", "--batch-size", "64", "--allow-unsafe-yaml"])
 
 
