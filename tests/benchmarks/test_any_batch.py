@@ -12,6 +12,7 @@ from agvm_d2.data import digits
 from agvm_d2.moments import pairwise_moments
 from agvm_d2.rules import RULES
 from benchmarks.any_batch import figures, run, scenes, setting, tables
+from benchmarks.any_batch.plan import GRID
 
 
 @pytest.fixture
@@ -132,3 +133,14 @@ def test_the_tables_by_hand(tmp_path):
 def test_the_page_holds_what_the_runs_say():
     page = tables.DOCUMENT.read_text().split(tables.BEGIN)[1].split(tables.END)[0]
     assert page.strip() == tables.report(run.read()).strip()
+
+
+def test_the_grid_has_each_run_once_and_all_that_are_done():
+    assert len(set(GRID)) == len(GRID)
+    assert set(run.read()) <= set(GRID)
+    for wanted in GRID:
+        arm = setting.ARMS[wanted.arm]
+        assert wanted.pipeline in setting.PIPELINES
+        # By the gain, iterations are the base's; a control at a larger batch has fewer.
+        fewer = wanted.iterations < setting.ITERATIONS
+        assert fewer == (wanted.batch > setting.BASE and not arm.by_gain)
