@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from detectron2.engine import HookBase, default_setup
 
-from agvm_d2 import AGVMHook, AGVMTrainer
+from agvm_d2 import AGVMHook
 from agvm_d2.agvm import AGVM
 from agvm_d2.d2.checks import check_config
 from agvm_d2.d2.loader import build_train_loader
 from agvm_d2.progress import Progress
-from benchmarks.study.run import cpu
+from benchmarks.study import run as study
 
 from .scenes import Scenes
 from .setting import ARMS, PIPELINES, ROOT, Run, config, weights_hash
@@ -29,22 +29,7 @@ RESULTS = ROOT / "benchmarks/results/any_batch.jsonl"
 POINTS = 60  # of each curve that a run keeps
 
 
-class Trainer(AGVMTrainer):
-    backbone_lr = 1.0
-
-    @classmethod
-    def build_optimizer(cls, cfg, model):
-        optimizer = super().build_optimizer(cfg, model)
-        backbone = set(model.backbone.bottom_up.parameters())
-        for group in optimizer.param_groups:
-            if backbone.intersection(group["params"]):
-                group["lr"] *= cls.backbone_lr
-        return optimizer
-
-    @classmethod
-    def build_model(cls, cfg):
-        return super().build_model(cfg).to(memory_format=torch.channels_last)
-
+class Trainer(study.Trainer):
     @classmethod
     def build_train_loader(cls, cfg):
         stuff = cfg.MODEL.META_ARCHITECTURE == "PanopticFPN"
@@ -132,7 +117,7 @@ def train(run: Run, folder: Path) -> dict:
         "seconds": round(time.time() - start),
         "curves": curves.thin(),
         "torch": torch.__version__,
-        "machine": f"{cpu()}, 1 thread",
+        "machine": f"{study.cpu()}, 1 thread",
         "weights_hash": weights_hash(),
     }
 
