@@ -72,7 +72,8 @@ class Progress:
             self._counted = True
             self.iterations += self.gain if raised else 1.0
             self.possible += self.gain if possible else 1.0
-        self._place(self.iterations)
+            if raised:  # else `begin` has placed them, and they may have stepped since
+                self._place(self.iterations)
 
     def restart(self) -> None:
         """For training that begins anew."""

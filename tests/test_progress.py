@@ -146,6 +146,7 @@ def test_an_iteration_counts_once_and_places_its_schedulers():
             progress.count(raised)
         scheduler.step()  # before the iteration ends, as in Detectron2
         progress.count(raised=False)
+        assert scheduler.last_epoch == pytest.approx(min(progress.iterations, 10), abs=1e-3)
         lrs.append(sgd.param_groups[0]["lr"])
     assert progress.iterations == 4 + 4 + 1 + 4
     assert lrs == pytest.approx([0.6, 0.2, 0.1, 1e-5])  # and not beyond its end
