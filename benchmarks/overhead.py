@@ -386,10 +386,8 @@ def main() -> None:
                 spread([100 * a / b for a, b in zip(timed[c][v], wall, strict=True)], ".2f")
                 for c in ("own", "averaging")
             ]
-            steps = [
-                zip(*counted[v][kind], strict=True)
-                for kind in ("measured", "other")  # of workers
-            ]
+            # Of all workers.
+            steps = [zip(*counted[v][kind], strict=True) for kind in ("measured", "other")]
             calls = [
                 f"{span(number, 'd')}, {span([size / 1e6 for size in sizes], '.6f')}"
                 for number, sizes in steps
