@@ -5,10 +5,7 @@ import argparse
 import concurrent.futures
 import fcntl
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,15 +146,12 @@ def grid(runs: Sequence[Run], path: Path, jobs: int, minutes: float) -> None:
     def start(run: Run) -> None:
         if time.time() > ends or run in read(path):
             return
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.any_batch", "run"]
-        for key, value in {"results": path.resolve(), **run._asdict()}.items():
-            command += [f"--{key}", str(value)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
-        if done.returncode:
-            print(f"{run.name} failed:\n{(done.stdout + done.stderr)[-3000:]}", flush=True)
-        else:
-            print(f"{run.name}: {done.stdout.splitlines()[-1]}", flush=True)
+        flags = {"results": path.resolve(), **run._asdict()}
+        try:
+            study.start_process("benchmarks.any_batch", flags)
+            print(f"{run.name}: {read(path)[run]['accuracy']}", flush=True)
+        except RuntimeError as error:  # the others go on
+            print(f"{run.name} failed: {error}", flush=True)
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         list(pool.map(start, runs))

@@ -271,11 +271,20 @@ def grid(
 
 def start(run: Run, path: Path) -> dict:
     """In a process of its own."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.study", "run"]
-    for key, value in {"results": path.resolve(), **run._asdict()}.items():
+    start_process("benchmarks.study", {"results": path.resolve(), **run._asdict()})
+    return read(path)[run]
+
+
+def start_process(package: str, flags: dict[str, object]) -> None:
+    """`python -m PACKAGE run --FLAG VALUE ...`, with one thread.
+
+    Raises:
+        RuntimeError: it failed; has the end of what it printed.
+    """
+    command = [sys.executable, "-W", "ignore", "-m", package, "run"]
+    for key, value in flags.items():
         command += [f"--{key}", str(value)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}:\n{(done.stdout + done.stderr)[-4000:]}")
-    return read(path)[run]
