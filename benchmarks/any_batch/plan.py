@@ -19,21 +19,28 @@ def runs(
 GRID: list[Run] = [
     *runs("sgd", BASE, LR, 2 * LR),
     *(run for batch in (128, 64) for run in runs("gain", batch, LR)),
-    # Controls with as many iterations.
-    *runs("sgd", 128, 2 * LR, LR, 4 * LR, iterations=TOOK[128]),
+    *runs("sgd", 128, 2 * LR, iterations=TOOK[128]),
+    # Does it need modules?
     *runs("whole", 128, LR),
-    *(run for arm in ("sgd_soft", "sgd_3") for run in runs(arm, 128, 2 * LR, iterations=TOOK[128])),
-    *runs("agvm", 128, LR, 2 * LR, iterations=TOOK[128]),
     *runs("gain", 256, LR),
-    *(run for arm in ("gain_least", "gain_decay") for run in runs(arm, 128, LR)),
     # Seeds of what a claim will rest on.
-    *runs("sgd", BASE, LR, seeds=SEEDS[1:]),
-    *(run for batch in (128, 64, 256) for run in runs("gain", batch, LR, seeds=SEEDS[1:])),
-    *runs("whole", 128, LR, seeds=SEEDS[1:]),
-    # As many images at the base batch as the gain takes at 128.
-    *runs("sgd", BASE, LR, iterations=TOOK[128] * 128 // BASE),
+    *(
+        run
+        for seed in SEEDS[1:]
+        for arm, batch in (("sgd", BASE), ("gain", 128), ("whole", 128), ("gain", 64))
+        for run in runs(arm, batch, LR, seeds=(seed,))
+    ),
+    # Controls with as many iterations.
+    *(run for arm in ("sgd_soft", "sgd_3") for run in runs(arm, 128, 2 * LR, iterations=TOOK[128])),
+    *runs("agvm", 128, 2 * LR, iterations=TOOK[128]),
     *runs("adamw", BASE, 0.0005, 0.001, 0.002),
     *(run for arm in ("gain_adamw", "sqrt_gain_adamw") for run in runs(arm, 128, 0.001)),
     *(Run(p, "sgd", BASE, LR, 1) for p in ("panoptic_fpn", "mask_rcnn")),
     *(Run(p, "gain", 128, LR, 1) for p in ("panoptic_fpn", "mask_rcnn")),
+    *runs("gain", 256, LR, seeds=SEEDS[1:]),
+    *runs("sgd", 128, LR, 4 * LR, iterations=TOOK[128]),
+    *runs("agvm", 128, LR, iterations=TOOK[128]),
+    *(run for arm in ("gain_least", "gain_decay") for run in runs(arm, 128, LR)),
+    # As many images at the base batch as the gain takes at 128.
+    *runs("sgd", BASE, LR, iterations=TOOK[128] * 128 // BASE),
 ]
