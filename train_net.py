@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import torch
-from detectron2.config import CfgNode, instantiate
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -37,7 +37,7 @@ def setup(args) -> CfgNode | DictConfig:
     num_workers = args.num_gpus * args.num_machines
     if args.config_file.endswith(".py"):
         cfg = lazy.load(args.config_file, args.opts)
-        lazy.check(cfg, num_workers)
+        lazy.check(cfg, num_workers, args.eval_only)
         check_datasets(lazy.dataset_names(cfg, args.eval_only))
         needs = lazy.needs(cfg, args.eval_only)
         keys = ("train.init_checkpoint", "train.output_dir", "train.device", "train.max_iter")
@@ -139,7 +139,7 @@ def main(args):
 def lazy_main(args, cfg: DictConfig):
     if not args.eval_only:
         return lazy.do_train(cfg, args.resume)
-    model = instantiate(cfg.model).to(cfg.train.device)
+    model = lazy.build_model(cfg)
     AtomicCheckpointer(model, cfg.train.output_dir).resume_or_load(
         cfg.train.init_checkpoint, resume=args.resume
     )

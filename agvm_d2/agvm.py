@@ -14,10 +14,11 @@ from .modules import assign_modules, uncompiled
 from .moments import BucketTap, CommHook, GradientTap, TensorTap
 from .norms import Modules
 from .param_groups import module_of_groups, require_hooks
-from .precondition import Precondition, preconditioner
+from .precondition import preconditioner
 from .progress import Progress
 from .rules import RULES
 from .settings import Settings
+from .sharded import ShardedTap, check_sharding, is_sharded
 
 logger = logging.getLogger("detectron2.agvm_d2")  # takes Detectron2's handlers where it is used
 
@@ -76,6 +77,8 @@ class AGVM:
     ):
         require_hooks(optimizer)
         self.settings = settings = (settings or Settings()).check()
+        if is_sharded(model):
+            check_sharding(model, optimizer)
         self.model, self.optimizer = model, optimizer
         self.micro_batches, self.batch_size = micro_batches, batch_size
         self.modules = assign_modules(model, settings.modules)
@@ -134,7 +137,7 @@ class AGVM:
                     self.model,
                     self.modules,
                     self.micro_batches,
-                    preconditioner(self.optimizer),
+                    self.optimizer,
                     self.settings.estimator == "split",
                     self._comm_hook,
                 )
@@ -319,6 +322,7 @@ class AGVM:
                 "agvm_d2.trainer.MicroBatchTrainer in it."
             )
         alone = not isinstance(uncompiled(self.model), DistributedDataParallel)
+        alone = alone and not isinstance(tap, ShardedTap)
         if alone and tap.workers > 1 and units == 1 and torch.equal(rows[0], rows[1]):
             raise RuntimeError(
                 "AGVM: the gradient was not averaged over the workers before backward_done() "
@@ -411,23 +415,28 @@ def build_tap(
     model: nn.Module,
     modules: Modules,
     micro_batches: int = 1,
-    precondition: Precondition | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     split: bool = False,
     inner: CommHook | None = None,
 ) -> GradientTap:
     """The cheapest tap that sees every unit.
 
+    Args:
+        optimizer: with Adam's, gradients are measured over its second moments.
+
     Raises:
-        ValueError: a sharded model; see also `split.build_split_tap`.
+        ValueError: see `sharded.check_sharding`, `split.build_split_tap`.
     """
-    # By name: not in every torch.
-    sharded = {type(m).__name__ for m in model.modules()} & {"FullyShardedDataParallel"}
-    sharded |= {type(p).__name__ for p in model.parameters()} & {"DTensor"}
-    if sharded:
-        raise ValueError(
-            "AGVM needs whole gradients in each worker, but this model is sharded: "
-            f"{sharded.pop()}. Train it in DistributedDataParallel, or with AGVM.ENABLED False."
-        )
+    precondition = preconditioner(optimizer) if optimizer is not None else None
+    if is_sharded(model):
+        for found, key, way in (
+            (split, "AGVM.ESTIMATOR split", "use pairwise"),
+            (inner is not None, "AGVMHook(comm_hook=)", "leave it out"),
+        ):
+            if found:
+                raise ValueError(f"{key} is for DistributedDataParallel; sharded, {way}.")
+        check_sharding(model, optimizer)
+        return ShardedTap(model, modules, precondition)
     if split:
         from .split import build_split_tap
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .modules import local_part
 from .norms import ModuleNorms, Modules
 from .precondition import Precondition
 from .variance import pairwise_variance
@@ -76,7 +77,11 @@ class GradientTap:
         self.stop()
         self.measuring, self.seen, self.accumulated = True, False, False
         self._unchecked = {params[0] for params in self.modules.values()}
-        self._handles = [p.register_hook(self._check(p)) for p in self._unchecked]
+        self._handles = [self.leaf(p).register_hook(self._check(p)) for p in self._unchecked]
+
+    def leaf(self, param: nn.Parameter) -> torch.Tensor:
+        """What the backward pass gives the parameter's gradient to."""
+        return param
 
     def _check(self, param: nn.Parameter) -> Callable[[torch.Tensor], None]:
         """A hook that runs before a gradient is added to `param.grad`, empty in a first pass."""
@@ -85,7 +90,8 @@ class GradientTap:
             self.seen = True
             if param in self._unchecked:
                 self._unchecked.remove(param)
-                self.accumulated |= param.grad is not None and bool(param.grad.any())
+                before = param.grad
+                self.accumulated |= before is not None and bool(local_part(before).any())
 
         return check
 
@@ -225,7 +231,9 @@ class TensorTap(GradientTap):
         self._mean_sq: torch.Tensor | None = None
         self._num_units = 0
         self._begin_unit()
-        self._handles += [p.register_hook(functools.partial(self._add, p)) for p in self.params]
+        self._handles += [
+            self.leaf(p).register_hook(functools.partial(self._add, p)) for p in self.params
+        ]
 
     def _begin_unit(self) -> None:
         self._unit, self._sums = self.norms(), dict[nn.Parameter, torch.Tensor | None]()
@@ -235,10 +243,14 @@ class TensorTap(GradientTap):
         if param in self._sums:
             before = self._sums[param]
             if before is None:  # not expected: the first unit's is in `.grad`, another's is lost
-                before = None if self._num_units else param.grad
+                before = None if self._num_units else self.leaf(param).grad
             grad = grad + (torch.nan if before is None else before)
             self._several.add(param)
         self._sums[param] = grad.clone() if param in self._several else None
+        self.add_unit(param, grad)
+
+    def add_unit(self, param: nn.Parameter, grad: torch.Tensor) -> None:
+        """Measure a parameter's gradient of one backward pass."""
         self._unit.add([param], [grad])
 
     @torch.no_grad()
@@ -253,7 +265,7 @@ class TensorTap(GradientTap):
     def average_done(self) -> None:
         if not self._num_units:  # a training loop without micro-batches
             self.unit_done()
-        grads = {p: p.grad for p in self.params if p.grad is not None}
+        grads = {p: local_part(p.grad) for p in self.params if p.grad is not None}
         self._mean_sq = self.norms().add([*grads], [*grads.values()]).total(self.device)
 
     def local(self) -> tuple[torch.Tensor, int]:

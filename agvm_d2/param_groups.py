@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .modules import ModulePatterns, assign_modules, named_parameters, patterns_for
+from .sharded import shard_like
 
 # By which optimizers can be told apart, and none that only some versions of torch have.
 HYPERPARAMETERS = ("momentum", "betas", "trust_coefficient", "grad_averaging")
@@ -73,7 +74,8 @@ def split_param_groups(
             if param not in owner:
                 raise ValueError(
                     f"split_param_groups: group {i} of the optimizer holds a parameter of shape "
-                    f"{tuple(param.shape)} that is not in the model."
+                    f"{tuple(param.shape)} that is not in the model. (fully_shard and .to() may "
+                    "have replaced it: build the optimizer after them.)"
                 )
             parts.setdefault(owner[param], []).append(k)
         aligned = [k for k in ("params", "param_names") if k in group]
@@ -111,8 +113,24 @@ def fit_loaded_state(optimizer: torch.optim.Optimizer) -> None:
     `split_param_groups`, and refuses others clearly."""
     whole = [list(group["params"]) for group in optimizer.param_groups]
     optimizer.register_load_state_dict_pre_hook(
-        lambda optimizer, state: _fit_state(optimizer, state, whole)
+        lambda optimizer, state: _shard_state(optimizer, _fit_state(optimizer, state, whole))
     )
+
+
+def _shard_state(optimizer: torch.optim.Optimizer, state: dict) -> dict:
+    """A state of whole tensors for parameters that are sharded; any other as it is."""
+    param_of = {
+        index: param
+        for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
+        for param, index in zip(group["params"], saved["params"], strict=True)
+    }
+    if not any(hasattr(param, "to_local") for param in param_of.values()):
+        return state
+    states = {
+        index: {key: shard_like(value, param_of[index]) for key, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": states}
 
 
 def _fit_state(

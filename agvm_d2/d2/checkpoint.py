@@ -10,7 +10,10 @@ from collections.abc import Callable
 from typing import IO, Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 
+from ..modules import local_part
+from ..sharded import is_sharded, whole_state
 from .weights_files import load_pkl, load_pth, unreadable, what_is_broken
 
 
@@ -21,6 +24,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
     `last_checkpoint` follows the same way, after it. Killed at any moment, or on a full disk, the
     one before stays. A remote `save_dir` (s3://, whatever Detectron2's PathManager has a handler
     for) gets each file in one piece, as atomically as its handler closes a file.
+
+    Of a sharded model (FSDP2) all workers call `save`, and the file is the same as of a whole one.
 
         checkpointer = AtomicCheckpointer(model, "output", trainer=trainer)
         checkpointer.resume_or_load(weights, resume=True)
@@ -35,12 +40,16 @@ class AtomicCheckpointer(DetectionCheckpointer):
             FloatingPointError: the model holds NaN or inf; a run could not go on from it.
             TypeError: something to save could not be read back, named by its place.
         """
-        if not self.save_dir or not self.save_to_disk:
+        sharded = is_sharded(self.model)
+        if not self.save_dir or not (self.save_to_disk or sharded):
             return
         data = {"model": self.model.state_dict()}
         # A buffer may hold -inf, as a mask does.
-        bad = [key for key, p in self.model.named_parameters() if not p.isfinite().all()]
+        params = [(key, local_part(p)) for key, p in self.model.named_parameters()]
+        bad = [key for key, p in params if not p.isfinite().all()]
         bad += [key for key, buffer in self.model.named_buffers() if buffer.isnan().any()]
+        if sharded:  # all workers raise, or none
+            bad = [key for keys in comm.all_gather(bad) for key in keys]
         if bad:
             raise FloatingPointError(
                 f"'{bad[0]}' of the model holds NaN or inf: checkpoint {name} is not written. The "
@@ -48,6 +57,10 @@ class AtomicCheckpointer(DetectionCheckpointer):
             )
         data.update({key: obj.state_dict() for key, obj in self.checkpointables.items()})
         data.update(kwargs)
+        if sharded:
+            data = whole_state(data, keep=self.save_to_disk)
+            if not self.save_to_disk:
+                return
         basename = f"{name}.pth"
         path = os.path.join(self.save_dir, basename)
         self.logger.info(f"Saving checkpoint to {path}")

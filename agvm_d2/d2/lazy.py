@@ -9,6 +9,7 @@ Beside Detectron2's keys a config has
     train.on_nonfinite      "stop" or "skip", as SOLVER.ON_NONFINITE
     train.on_bad_image      as DATALOADER.ON_BAD_IMAGE
     train.check_datasets    as DATALOADER.CHECK_DATASETS
+    train.fsdp              dict of options of FSDP2, see `fsdp.DEFAULTS`; none: DDP
 
 A `dataloader.train` of Detectron2's `build_detection_train_loader`, without a sampler of its own,
 becomes a `ResumableLoader`, which a resumed run brings back to its place.
@@ -34,16 +35,18 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..settings import Settings
+from ..sharded import is_sharded
 from ..solver.clip import CLIP_TYPES, clip_gradients, skip_nonfinite_steps
 from ..validate import one_of
 from .agreement import AgreementHook, check_agreement, code, flat
 from .checkpoint import AtomicCheckpointer
 from .checks import STOP_OR_SKIP, check_agvm, check_amp, check_device, check_whole
+from .fsdp import EvenLoader, alike, check_fsdp, precision, shard
 from .gain_schedule import TrainingDone
 from .handover import raise_open_files
 from .hook import AGVMHook
 from .loader import ResumableLoader, shared_seed
-from .micro_batches import STATIC_GRAPH, split_batch
+from .micro_batches import STATIC_GRAPH, MicroBatchTrainer, autocast, split_batch
 from .needs import Needs, check_data, complete, of_lazy
 from .preemption import PreemptionHook
 from .resume import ConfigRecord, check_not_done
@@ -100,7 +103,7 @@ def micro_batches(cfg: DictConfig, num_workers: int) -> int:
     )
 
 
-def check(cfg: DictConfig, num_workers: int) -> None:
+def check(cfg: DictConfig, num_workers: int, eval_only: bool = False) -> None:
     """See that the values of a LazyConfig can be used with `num_workers` workers.
 
     Raises:
@@ -145,6 +148,8 @@ def check(cfg: DictConfig, num_workers: int) -> None:
         one_of(f"train.{key}", train.get(key, "stop"), STOP_OR_SKIP)
     check_device("train.device", train.device)
     check_amp("train.amp.enabled", train.amp.enabled, train.device)
+    if not eval_only:
+        check_fsdp(train.get("fsdp"), num_workers, train.amp.enabled)
 
 
 def _names(cfg: DictConfig, split: str) -> list[str]:
@@ -165,9 +170,12 @@ def do_test(cfg: DictConfig, model: nn.Module) -> dict:
     """Results of `cfg.dataloader.evaluator` on `cfg.dataloader.test`; {} without an evaluator."""
     if "evaluator" not in cfg.dataloader:
         return {}
-    results = inference_on_dataset(
-        model, instantiate(cfg.dataloader.test), complete(instantiate(cfg.dataloader.evaluator))
-    )
+    loader = instantiate(cfg.dataloader.test)
+    if is_sharded(model):
+        loader = EvenLoader(loader, model)
+    with autocast(cfg.train.device, precision(cfg.train.get("fsdp"))):
+        evaluator = complete(instantiate(cfg.dataloader.evaluator))
+        results = inference_on_dataset(model, loader, evaluator)
     print_csv_format(results)
     return results
 
@@ -222,6 +230,35 @@ def agvm_hook(
     return AGVMHook(model, optimizer, micro_batches=passes, batch_size=batch_size, **settings)
 
 
+def build_model(cfg: DictConfig) -> nn.Module:
+    """On its device; with several workers and `train.fsdp` sharded."""
+    fsdp = cfg.train.get("fsdp")
+    if fsdp is None or comm.get_world_size() == 1:
+        return instantiate(cfg.model).to(cfg.train.device)
+    with alike():
+        model = instantiate(cfg.model)
+    return shard(model, cfg.train.device, fsdp)
+
+
+def _trainer(
+    cfg: DictConfig,
+    options: RunOptions,
+    model: nn.Module,
+    loader: Iterable[list[dict]],
+    optimizer: torch.optim.Optimizer,
+) -> SimpleTrainer:
+    """For the model in DDP or, sharded, as it is."""
+    train = cfg.train
+    if is_sharded(model):
+        share = options.batch_size // comm.get_world_size() // options.micro_batches
+        skip = options.skip_nonfinite
+        return MicroBatchTrainer(
+            model, loader, optimizer, share, precision=precision(train.fsdp), skip_nonfinite=skip
+        )
+    trainer = (AMPTrainer if train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
+    return options.prepare_trainer(trainer)
+
+
 def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     """Train, and evaluate at the end; the last evaluation's results.
 
@@ -231,7 +268,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     check_agreement({**code(), **flat(cfg), "--resume": resume})
     check_data(needs(cfg), log=True)
     train, options = cfg.train, run_options(cfg)
-    model = instantiate(cfg.model).to(train.device)
+    model = build_model(cfg)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     del cfg.optimizer.params["model"]  # not a value of the config
@@ -242,9 +279,10 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
     options.prepare_optimizer(optimizer, model)
     record = ConfigRecord(cfg, optimizer, model, train.output_dir)
     loader = train_loader(cfg)
-    model = create_ddp_model(model, **train.ddp)
-    trainer = (AMPTrainer if train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
-    trainer = options.prepare_trainer(trainer)
+    sharded = is_sharded(model)
+    if not sharded:
+        model = create_ddp_model(model, **train.ddp)
+    trainer = _trainer(cfg, options, model, loader, optimizer)
     seeder = options.iteration_seeder(loader)
     checkpointer = AtomicCheckpointer(model, train.output_dir, trainer=trainer)
     results: dict = {}
@@ -256,6 +294,8 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
 
     preemption = PreemptionHook(checkpointer)
     main = comm.is_main_process()
+    # Of a sharded model all workers have a part to save; the main one writes, and deletes.
+    saving = train.checkpointer if main else {**train.checkpointer, "max_to_keep": None}
     writers = default_writers(train.output_dir, train.max_iter) if main else []
     built = [
         preemption,
@@ -265,7 +305,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
         agvm_hook(cfg, options, model, optimizer),
-        hooks.PeriodicCheckpointer(checkpointer, **train.checkpointer) if main else None,
+        hooks.PeriodicCheckpointer(checkpointer, **saving) if main or sharded else None,
         hooks.EvalHook(train.eval_period, preemption.abortable(evaluate)),
         hooks.PeriodicWriter(writers, period=train.log_period) if main else None,
     ]

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..modules import unwrap
+from ..sharded import is_sharded
 from ..solver.clip import SkipLimit
 from ..validate import is_int, require
 
@@ -54,6 +55,15 @@ def split_batch(
 def micro_batches(cfg: CN, num_workers: int) -> int:
     """`split_batch` of a config's keys."""
     return split_batch(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MICRO_BATCH_SIZE, num_workers)
+
+
+def autocast(
+    device: torch.device | str, dtype: torch.dtype | None
+) -> contextlib.AbstractContextManager:
+    """torch's; None: off."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=dtype)
 
 
 def _sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -119,12 +129,15 @@ class MicroBatchTrainer(SimpleTrainer):
         pieces = [
             data[i : i + self.micro_batch_size] for i in range(0, len(data), self.micro_batch_size)
         ]
-        ddp = isinstance(self.model, DistributedDataParallel)
+        ddp, sharded = isinstance(self.model, DistributedDataParallel), is_sharded(self.model)
         self.optimizer.zero_grad()
         totals: dict[str, torch.Tensor] = {}
         for i, piece in enumerate(pieces):
             weight = len(piece) / len(data)
             last = i == len(pieces) - 1
+            if sharded:  # shards are added up: whole gradients may not fit
+                self.model.set_is_last_backward(last)
+                self.model.set_requires_all_reduce(last)
             with self.model.no_sync() if ddp and not last else contextlib.nullcontext():
                 losses = self._losses(piece)
                 loss = _sum(losses.values()) * weight
@@ -155,7 +168,7 @@ class MicroBatchTrainer(SimpleTrainer):
         try:
             losses = self._forward(piece)
         except FloatingPointError:  # Detectron2's RPN, at NaN or inf
-            if not self.skip_nonfinite:
+            if not self.skip_nonfinite or is_sharded(self.model):  # where all must go on alike
                 raise
             losses = self._nan_losses(piece)
         self._names = list(losses)
@@ -176,12 +189,8 @@ class MicroBatchTrainer(SimpleTrainer):
             del model.forward
 
     def _forward(self, piece: list[dict]) -> dict[str, torch.Tensor]:
-        if self.precision is None:
+        with autocast(next(self.model.parameters()).device, self.precision):
             losses = self.model(piece)
-        else:
-            device = next(self.model.parameters()).device.type
-            with torch.autocast(device, dtype=self.precision):
-                losses = self.model(piece)
         return {"total_loss": losses} if isinstance(losses, torch.Tensor) else losses
 
     def _write_metrics(self, *args: Any, **kwargs: Any) -> None:

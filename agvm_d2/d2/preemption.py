@@ -22,6 +22,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
+from ..sharded import is_sharded
 from .rendezvous import training_timeout
 
 logger = logging.getLogger("detectron2.agvm_d2")
@@ -168,7 +169,8 @@ class PreemptionHook(HookBase):
         trainer, name = self.trainer, signal.Signals(self._signals.signum).name
         logger.warning(f"{name}: stopping after iteration {trainer.iter}.")
         # Else it was the last iteration or evaluation, and model_final is there.
-        if trainer.iter + 1 < trainer.max_iter and comm.is_main_process():
+        saves = comm.is_main_process() or is_sharded(self._checkpointer.model)
+        if trainer.iter + 1 < trainer.max_iter and saves:
             self._checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
         try:  # nobody ends before the checkpoint is there: the launcher would stop all
             if not alone:

@@ -7,10 +7,12 @@ import math
 import weakref
 from typing import Any
 import torch
+import torch.distributed as dist
 from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
+from ..modules import local_part
 from ..norms import block_norms
 from ..validate import is_number, one_of, require
 
@@ -56,7 +58,7 @@ def clip_gradients(
 
     def clip_now(*_: Any) -> None:
         unscale(optimizer)
-        if iter_range and not iter_range[0] <= get_event_storage().iter < iter_range[1]:
+        if iter_range and not iter_range[0] <= _iteration(params) < iter_range[1]:
             return
         if all(p.grad is None for p in params):  # a skipped step
             return
@@ -69,6 +71,20 @@ def clip_gradients(
             clip_grad_value_(params, clip_value)
 
     optimizer.register_step_pre_hook(clip_now)
+
+
+def _iteration(params: list[torch.Tensor]) -> int:
+    """That of Detectron2's EventStorage; -1 outside of one in a step with gradients of 0, by which
+    torch.distributed.checkpoint makes an optimizer's states before it reads them."""
+    try:
+        return get_event_storage().iter
+    except AssertionError:
+        if any(p.grad is not None and local_part(p.grad).any() for p in params):
+            raise ValueError(
+                "clip_gradients: iter_range counts the iterations of Detectron2's EventStorage, "
+                "and there is none: train inside `with EventStorage():`."
+            ) from None
+        return -1
 
 
 @torch.no_grad()
@@ -86,7 +102,14 @@ def unscale(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def _finite(tensors: list[torch.Tensor]) -> bool:
-    return bool(torch.cat([n for norms in block_norms(tensors) for n in norms]).isfinite().all())
+    """On all workers alike: each looks at its shards where they are sharded."""
+    parts = [local_part(tensor) for tensor in tensors]
+    norms = [n for norms in block_norms(parts) for n in norms]
+    finite = torch.cat([*norms, parts[0].new_zeros(1).float()]).isfinite().all()
+    if parts[0] is not tensors[0]:
+        finite = finite.int()
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+    return bool(finite)
 
 
 class SkipLimit:
@@ -125,7 +148,8 @@ def skip_nonfinite_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
     """Leave out each step of `optimizer` whose gradient has a NaN or inf, and say so in the log;
     where it is most of them, FloatingPointError.
 
-    DDP's workers hold the same averaged gradient, so all of them decide alike. The buffers of
+    DDP's workers hold the same averaged gradient, so all of them decide alike; those of a sharded
+    model tell each other, by one number per step. The buffers of
     `model`, such as BatchNorm's statistics, go back to what they were after the last step taken.
     """
     if optimizer in _SKIPPING:
