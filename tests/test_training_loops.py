@@ -375,20 +375,3 @@ def test_workers_without_ddp_average_themselves_or_are_refused(workers):
     wanted = [reference.pairwise_variance(v) for v in vectors]
     for found in workers(2).run(_without_ddp, True):
         assert found == pytest.approx(wanted, rel=1e-4)
-
-
-def _sharded():
-    from torch.distributed.fsdp import fully_shard
-
-    model = fully_shard(ToyDetector())
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    try:
-        AGVM(model, split_param_groups(optimizer, model), Settings(interval=1)).attach()
-    except ValueError as error:
-        return str(error)
-
-
-def test_a_sharded_model_is_refused(workers):
-    if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
-        pytest.skip("fully_shard is public from torch 2.6 on")
-    assert all("is sharded" in message for message in workers(2).run(_sharded))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 import contextlib
 import functools
+import random
 from collections.abc import Iterator, Mapping
 from typing import Any
+import numpy as np
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
@@ -15,7 +17,6 @@ from torch.utils.data import DataLoader
 from ..sharded import shard_like
 from ..validate import is_int, one_of, require
 from .agreement import check_agreement, weights
-from .loader import seeded
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 DEFAULTS = {
@@ -79,9 +80,20 @@ def precision(options: Mapping[str, Any] | None) -> torch.dtype | None:
 
 @contextlib.contextmanager
 def alike() -> Iterator[None]:
-    """What draws random numbers in here draws the same on all workers."""
-    with seeded(comm.shared_random_seed()):
+    """What draws random numbers in here draws the main worker's, whose weights DDP would take."""
+    own = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    _set_random_state(*comm.all_gather(own)[0])
+    try:
         yield
+    finally:
+        if not comm.is_main_process():
+            _set_random_state(*own)
+
+
+def _set_random_state(of_torch: torch.Tensor, of_numpy: Any, of_python: Any) -> None:
+    torch.set_rng_state(of_torch)
+    np.random.set_state(of_numpy)
+    random.setstate(of_python)
 
 
 def units(model: nn.Module, unit_size: int) -> list[nn.Module]:

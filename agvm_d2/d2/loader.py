@@ -52,7 +52,7 @@ def seed_everything(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def _seeded(seed: int) -> Iterator[None]:
     """In a loader's process nothing else draws random numbers; in the trainer's, put them back."""
     own = get_worker_info() is None
     states = (torch.get_rng_state(), np.random.get_state(), random.getstate()) if own else None
@@ -107,7 +107,7 @@ class _Images(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         place, index = key
-        with seeded(mixed_seed(self.seed, 0, self.rank, place)):
+        with _seeded(mixed_seed(self.seed, 0, self.rank, place)):
             try:
                 sample = self._read(index)
             except BadImageError as error:

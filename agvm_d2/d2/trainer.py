@@ -29,6 +29,7 @@ from detectron2.evaluation import (
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 
+from ..sharded import is_sharded
 from ..solver import build_lr_scheduler, unsplit_optimizer
 from .agreement import AgreementHook, check_agreement, code, flat
 from .checkpoint import AtomicCheckpointer
@@ -48,7 +49,17 @@ d2_create_ddp_model = defaults.create_ddp_model
 
 
 def create_ddp_model(model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
-    """Detectron2's, for a CPU too: it gives DDP device_ids, which DDP refuses for such a model."""
+    """Detectron2's, for a CPU too: it gives DDP device_ids, which DDP refuses for such a model.
+
+    Raises:
+        ValueError: a sharded model.
+    """
+    if is_sharded(model):
+        raise ValueError(
+            "build_model has sharded the model (fully_shard), but DefaultTrainer puts it into "
+            "DistributedDataParallel and saves it on one worker. Train it from a LazyConfig with "
+            "train.fsdp, or in a loop of your own."
+        )
     if next(model.parameters()).device.type == "cpu":
         kwargs["device_ids"] = None
     return d2_create_ddp_model(model, **kwargs)

@@ -26,6 +26,7 @@ agvm = dict(
 train = get_config("common/train.py").train
 train.seed = -1
 train.micro_batch_size = 0
+train.fsdp = None  # or a dict: agvm_d2.d2.fsdp.DEFAULTS
 train.on_nonfinite = train.on_bad_image = "stop"
 train.clip_gradients = dict(clip_type="full_model", clip_value=1.0, iter_range=())
 
