@@ -13,12 +13,13 @@ from .modulator import Modulator
 from .modules import assign_modules, uncompiled
 from .moments import BucketTap, CommHook, GradientTap, TensorTap
 from .norms import Modules
-from .param_groups import module_of_groups, require_hooks
+from .param_groups import is_zero, module_of_groups, require_hooks
 from .precondition import preconditioner
 from .progress import Progress
 from .rules import RULES
 from .settings import Settings
-from .sharded import ShardedTap, check_sharding, is_sharded
+from .sharded import ShardedTap
+from .shards import check_sharding, is_sharded
 
 logger = logging.getLogger("detectron2.agvm_d2")  # takes Detectron2's handlers where it is used
 
@@ -438,6 +439,11 @@ def build_tap(
         check_sharding(model, optimizer)
         return ShardedTap(model, modules, precondition)
     if split:
+        if precondition is not None and optimizer is not None and is_zero(optimizer):
+            raise ValueError(
+                "AGVM.ESTIMATOR split needs each worker to have all of Adam's second moments, "
+                "which ZeroRedundancyOptimizer shares out: use pairwise."
+            )
         from .split import build_split_tap
 
         return build_split_tap(model, modules, micro_batches, precondition, inner)

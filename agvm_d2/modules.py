@@ -3,7 +3,6 @@
 from __future__ import annotations
 import re
 from collections.abc import Sequence
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,11 +36,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel and torch.compile, else the model itself."""
     model = uncompiled(model)
     return uncompiled(model.module) if isinstance(model, DistributedDataParallel) else model
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This worker's shard of a DTensor; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

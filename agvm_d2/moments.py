@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .modules import local_part
 from .norms import ModuleNorms, Modules
 from .precondition import Precondition
+from .shards import local_part
 from .variance import pairwise_variance
 
 CommHook = tuple[Any, Callable]  # (state, hook), the arguments of DDP's register_comm_hook

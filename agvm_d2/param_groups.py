@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .modules import ModulePatterns, assign_modules, named_parameters, patterns_for
-from .sharded import shard_like
+from .shards import shard_like
 
 # By which optimizers can be told apart, and none that only some versions of torch have.
 HYPERPARAMETERS = ("momentum", "betas", "trust_coefficient", "grad_averaging")
@@ -27,6 +27,11 @@ def require_hooks(optimizer: torch.optim.Optimizer) -> None:
             f"The optimizer {type(optimizer).__name__} has no hooks of its own: a wrapper which "
             "does not call Optimizer.__init__. Give agvm_d2 the one inside it, then wrap that."
         ) from None
+
+
+def is_zero(optimizer: torch.optim.Optimizer) -> bool:
+    """Is it torch's ZeroRedundancyOptimizer, of which each worker steps some of the parameters?"""
+    return "ZeroRedundancyOptimizer" in {c.__name__ for c in type(optimizer).__mro__}
 
 
 def split_param_groups(
@@ -50,10 +55,13 @@ def split_param_groups(
 
     Raises:
         TypeError: a wrapper without hooks.
-        ValueError: a scheduler is built already; a parameter that is not in the model; see also
-            `assign_modules`.
+        ValueError: a scheduler is built already; a parameter that is not in the model; a
+            ZeroRedundancyOptimizer with a group of several modules; see also `assign_modules`.
     """
     require_hooks(optimizer)
+    if is_zero(optimizer):  # its inner optimizer would keep the old groups, and their rates
+        _check_zero(optimizer, assign_modules(model, modules))
+        return optimizer
     fit_loaded_state(optimizer)
     assign_modules(model, modules)  # its errors
     patterns = modules or patterns_for(model)
@@ -83,6 +91,22 @@ def split_param_groups(
             groups.append({**group, **{key: [group[key][k] for k in indices] for key in aligned}})
     optimizer.param_groups[:] = groups
     return optimizer
+
+
+def _check_zero(optimizer: torch.optim.Optimizer, modules: dict[str, list[nn.Parameter]]) -> None:
+    if getattr(optimizer, "_overlap_with_ddp", False):
+        raise ValueError(
+            "ZeroRedundancyOptimizer(overlap_with_ddp=True) steps inside DDP's communication hook, "
+            "where no learning rate can be scaled: set it to False."
+        )
+    try:
+        module_of_groups(optimizer, modules)
+    except ValueError as error:
+        raise ValueError(
+            f"{str(error).split('. Call')[0]}. A ZeroRedundancyOptimizer cannot be split once it "
+            'is built: build it over [{"params": params} for params in '
+            "agvm_d2.modules.assign_modules(model).values()]."
+        ) from None
 
 
 def module_of_groups(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 from collections.abc import Callable
 import torch
+import torch.distributed as dist
 
-from .modules import local_part
+from .param_groups import is_zero
+from .shards import local_part
 
 Precondition = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (parameter, gradient)
 
@@ -18,10 +20,15 @@ class AdamPrecondition:
     The map is then linear, so S1 and S2 stay consistent. An element whose v is 0 has never had a
     gradient, such as a rare class's row, and one divided by eps alone would drown all others: it
     counts as 0, as does a parameter without a state.
+
+    Args:
+        optimizer: Adam or one like it.
+        share: of the workers that keep a parameter's second moment, 1/W where each parameter has
+            one worker to keep it. Its squares then stand for those of all, which do not count.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer):
-        self._state = optimizer.state
+    def __init__(self, optimizer: torch.optim.Optimizer, share: float = 1.0):
+        self._state, self._scale = optimizer.state, share**-0.5
         self._eps = {p: group["eps"] for group in optimizer.param_groups for p in group["params"]}
 
     def second_moment(self, param: torch.Tensor) -> torch.Tensor | None:
@@ -36,10 +43,14 @@ class AdamPrecondition:
         v = self.second_moment(param) if v is None else v
         if v is None:
             return torch.zeros_like(grad)
-        return (grad / v.sqrt().add_(self._eps[param])).masked_fill_(v == 0, 0)
+        found = (grad / v.sqrt().add_(self._eps[param])).masked_fill_(v == 0, 0)
+        return found if self._scale == 1 else found.mul_(self._scale)
 
 
 def preconditioner(optimizer: torch.optim.Optimizer) -> AdamPrecondition | None:
-    """The optimizer's; None for one that keeps no second moment."""
-    is_adam = ADAM_LIKE & {c.__name__ for c in type(optimizer).__mro__}
-    return AdamPrecondition(optimizer) if is_adam else None
+    """The optimizer's, or that of the one in a ZeroRedundancyOptimizer; None for one that keeps no
+    second moment."""
+    inner = optimizer.optim if is_zero(optimizer) else optimizer  # type: ignore[attr-defined]
+    if not ADAM_LIKE & {c.__name__ for c in type(inner).__mro__}:
+        return None
+    return AdamPrecondition(inner, 1.0 if inner is optimizer else 1 / dist.get_world_size())

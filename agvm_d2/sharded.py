@@ -1,184 +1,20 @@
-"""FSDP2 (`fully_shard`): models of which each worker holds a shard, its gradients and its optimizer
-state.
+"""The tap for FSDP2 (`fully_shard`), where each worker holds a shard of the model.
 
 In a backward pass a worker has its own whole gradient of each parameter for a moment, before the
 reduce-scatter that leaves it with its shard of the average: the first gives S1, the second S2.
 """
 
 from __future__ import annotations
-from collections.abc import Iterable
-from typing import Any
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from .modules import local_part, named_parameters, uncompiled
 from .moments import TensorTap
 from .norms import Modules
 from .precondition import AdamPrecondition
-
-Sharded = Any  # a DTensor, which not every torch has, of fully_shard
+from .shards import Sharded, gathered, local_part, shard_of, whole_parameters
 
 # Elements of a module whose second moments are gathered, for an exact S1 under Adam.
 GATHERED = 1 << 24
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Has it DTensors, or FSDP1's flat parameters?"""
-    flat = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
-    return flat or any(hasattr(p, "to_local") for p in model.parameters())
-
-
-def check_sharding(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """See that a model is sharded as `ShardedTap` takes it, and an optimizer over its shards.
-
-    Raises:
-        ValueError: by something else than FSDP2, on a mesh without all workers, in part, or after
-            the optimizer was built.
-    """
-    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
-        raise ValueError(
-            "AGVM cannot measure FullyShardedDataParallel (FSDP1), which flattens the parameters "
-            "of several modules into one. Shard the model with FSDP2, "
-            "torch.distributed.fsdp.fully_shard."
-        )
-    try:
-        from torch.distributed.fsdp import FSDPModule
-    except ImportError:
-        raise ValueError(
-            f"AGVM needs torch 2.6 or newer for a sharded model; this is {torch.__version__}."
-        ) from None
-    if not any(isinstance(m, FSDPModule) for m in model.modules()):
-        raise ValueError(
-            "AGVM: the model's parameters are DTensors, but not by fully_shard. Tensor parallelism "
-            "alone gives no gradients to compare: use FSDP2, or train with AGVM.ENABLED False."
-        )
-    if not isinstance(uncompiled(model), FSDPModule):
-        raise ValueError(
-            f"AGVM: parts of the model are sharded, but not {type(uncompiled(model)).__name__} "
-            "itself: call fully_shard on it last, after its parts."
-        )
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    trainable: list[tuple[str, Any]] = [
-        (name, p) for name, p in named_parameters(model) if p.requires_grad
-    ]
-    for name, param in trainable:
-        if not hasattr(param, "to_local"):
-            raise ValueError(
-                f"AGVM: '{name}' is not sharded, so nobody averages its gradient: take it out of "
-                "fully_shard's ignored_params, or freeze it."
-            )
-        *others, last = param.placements
-        if not last.is_shard() or not all(p.is_replicate() for p in others):
-            raise ValueError(
-                f"AGVM: '{name}' is placed as {tuple(param.placements)}, as by tensor parallelism "
-                "beside FSDP2. AGVM takes fully_shard over a mesh of one dimension (FSDP), or of "
-                "two, replicas and shards (HSDP)."
-            )
-        if param.device_mesh.size() != world:
-            raise ValueError(
-                f"AGVM: '{name}' is sharded over a mesh of {param.device_mesh.size()} workers, but "
-                f"there are {world}: give fully_shard a mesh of all, such as "
-                "init_device_mesh(device, (replicas, shards))."
-            )
-    for i, group in enumerate(optimizer.param_groups if optimizer is not None else ()):
-        if any(p.requires_grad and not hasattr(p, "to_local") for p in group["params"]):
-            raise ValueError(
-                f"Group {i} of the optimizer holds whole parameters, which no longer belong to the "
-                "model: fully_shard has replaced them. Build the optimizer after fully_shard."
-            )
-
-
-def whole_parameters(model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
-    """Shard -> the whole parameter that forward and backward use, which FSDP2 keeps for the life
-    of the model and fills in turn. Each unit is gathered once, so all workers call this."""
-    from torch.distributed.fsdp import FSDPModule
-
-    found: dict[nn.Parameter, nn.Parameter] = {}
-    for unit in [m for m in model.modules() if isinstance(m, FSDPModule)]:
-        shards = dict(unit.named_parameters())
-        unit.unshard()
-        for name, param in unit.named_parameters():
-            if not hasattr(param, "to_local"):  # of this unit, not of one inside it
-                found[shards[name]] = param
-        unit.reshard()
-    return found
-
-
-def _shape_of_shard(param: Sharded, rank: int) -> torch.Size:
-    """As torch.chunk cuts it; the last ranks may have nothing."""
-    dim = param.placements[-1].dim
-    shards = param.device_mesh.size(-1)
-    size = -(-param.shape[dim] // shards)
-    rows = max(0, min(size, param.shape[dim] - rank * size))
-    return torch.Size([*param.shape[:dim], rows, *param.shape[dim + 1 :]])
-
-
-def shard_of(whole: torch.Tensor, param: Sharded) -> torch.Tensor:
-    """This worker's part of a whole tensor of the shape of a sharded parameter; a view."""
-    dim = param.placements[-1].dim
-    rank = param.device_mesh.get_local_rank(-1)
-    start = min(rank * _shape_of_shard(param, 0)[dim], whole.shape[dim])
-    return whole.narrow(dim, start, _shape_of_shard(param, rank)[dim])
-
-
-def shard_like(whole: Any, param: Any) -> Any:
-    """A whole tensor, which all workers have, as a DTensor that is sharded as `param` is, without
-    traffic; anything else as it is."""
-    fits = isinstance(whole, torch.Tensor) and hasattr(param, "to_local")
-    if not fits or hasattr(whole, "to_local") or whole.shape != param.shape:
-        return whole
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(
-        shard_of(whole, param).to(local_part(param).device, copy=True),
-        param.device_mesh,
-        param.placements,
-        run_check=False,
-        shape=param.shape,
-        stride=param.stride(),
-    )
-
-
-def whole_state(state: Any, keep: bool) -> Any:
-    """A state_dict with each DTensor made whole on the CPU; all workers call this.
-
-    Args:
-        keep: return it, as who writes it does; else None in the place of each.
-    """
-    if hasattr(state, "to_local"):
-        whole = state.full_tensor()
-        return whole.cpu() if keep else None
-    if isinstance(state, dict):
-        return {key: whole_state(value, keep) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(whole_state(value, keep) for value in state)
-    return state
-
-
-@torch.no_grad()
-def gathered(
-    params: Iterable[Sharded], shards: Iterable[torch.Tensor]
-) -> dict[Sharded, torch.Tensor]:
-    """Parameter -> a whole tensor of its shape, of which each worker gives its shard; float32, in
-    one all-gather."""
-    params = list(params)
-    if not params:
-        return {}
-    mesh = params[0].device_mesh
-    ranks = mesh.size(-1)
-    room = [_shape_of_shard(p, 0).numel() for p in params]  # the first shard is the largest
-    mine = torch.zeros(sum(room), device=local_part(params[0]).device)
-    for piece, shard in zip(mine.split(room), shards, strict=True):
-        piece[: shard.numel()].copy_(shard.reshape(-1))
-    out = torch.empty(ranks, len(mine), device=mine.device)
-    dist.all_gather([*out], mine, group=mesh.get_group(mesh.ndim - 1))
-    found = {}
-    for param, pieces in zip(params, out.split(room, dim=1), strict=True):
-        shapes = [_shape_of_shard(param, rank) for rank in range(ranks)]
-        parts = [row[: s.numel()].view(s) for row, s in zip(pieces, shapes, strict=True)]
-        found[param] = torch.cat(parts, param.placements[-1].dim)
-    return found
 
 
 class ShardedTap(TensorTap):

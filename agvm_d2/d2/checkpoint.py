@@ -12,8 +12,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
-from ..modules import local_part
-from ..sharded import is_sharded, whole_state
+from ..shards import is_sharded, local_part, whole_state
 from .weights_files import load_pkl, load_pth, unreadable, what_is_broken
 
 

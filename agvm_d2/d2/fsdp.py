@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from ..sharded import shard_like
+from ..shards import shard_like
 from ..validate import is_int, one_of, require
 from .agreement import check_agreement, weights
 

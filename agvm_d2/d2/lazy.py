@@ -35,7 +35,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..settings import Settings
-from ..sharded import is_sharded
+from ..shards import is_sharded
 from ..solver.clip import CLIP_TYPES, clip_gradients, skip_nonfinite_steps
 from ..validate import one_of
 from .agreement import AgreementHook, check_agreement, code, flat

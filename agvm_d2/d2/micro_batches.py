@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..modules import unwrap
-from ..sharded import is_sharded
+from ..shards import is_sharded
 from ..solver.clip import SkipLimit
 from ..validate import is_int, require
 

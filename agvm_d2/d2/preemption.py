@@ -22,7 +22,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 
-from ..sharded import is_sharded
+from ..shards import is_sharded
 from .rendezvous import training_timeout
 
 logger = logging.getLogger("detectron2.agvm_d2")

@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.engine import (
-    DefaultTrainer,
-    HookBase,
-    SimpleTrainer,
-    TrainerBase,
-    defaults,
-    hooks,
-)
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, defaults, hooks
 from detectron2.evaluation import (
     COCOEvaluator,
     COCOPanopticEvaluator,
@@ -29,7 +22,7 @@ from detectron2.evaluation import (
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 
-from ..sharded import is_sharded
+from ..shards import is_sharded
 from ..solver import build_lr_scheduler, unsplit_optimizer
 from .agreement import AgreementHook, check_agreement, code, flat
 from .checkpoint import AtomicCheckpointer

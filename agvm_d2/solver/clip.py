@@ -12,8 +12,8 @@ from detectron2.utils.events import get_event_storage
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
-from ..modules import local_part
 from ..norms import block_norms
+from ..shards import local_part
 from ..validate import is_number, one_of, require
 
 logger = logging.getLogger("detectron2.agvm_d2")
