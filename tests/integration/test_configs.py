@@ -77,7 +77,12 @@ def yaml_model(dumped: str):
 
 @functools.lru_cache(maxsize=1)
 def lazy_model(path: str):
-    return instantiate(lazy.load(path, []).model)
+    if "vitdet_g" not in path:
+        return instantiate(lazy.load(path, []).model)
+    # A billion parameters: without memory. ViT reads what linspace makes.
+    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
+        patch.setattr(torch, "linspace", functools.partial(torch.linspace, device="cpu"))
+        return instantiate(lazy.load(path, []).model)
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.endswith(".yaml")])
@@ -119,7 +124,7 @@ def test_lazy_configs(path):
         pytest.importorskip("timm")
     full = os.path.join(ROOT, path)
     cfg = lazy.load(full, ["train.device=cpu", "train.amp.enabled=False"])
-    lazy.check(cfg, 1)
+    lazy.check(cfg, 8 if cfg.train.fsdp else 1)
     check_arithmetic(
         path,
         cfg.dataloader.train.dataset.names,
@@ -127,7 +132,8 @@ def test_lazy_configs(path):
         cfg.train.max_iter,
         cfg.agvm.enabled,
     )
-    model = lazy_model(re.sub("bs64.py", "bs512_agvm.py", full))  # a baseline's is the same
+    # A baseline's is the same.
+    model = lazy_model(full.replace("bs64.py", "bs512_agvm.py").replace("bs32.py", "bs960_agvm.py"))
     cfg.optimizer.params.model = model
     optimizer = split_param_groups(instantiate(cfg.optimizer), model)
     groups = check_optimizer(model, optimizer, expected_modules(path))
@@ -141,3 +147,19 @@ def test_lazy_configs(path):
     assert schedule(0.9999) == pytest.approx(0.01)
     assert schedule.__class__.__module__.startswith("fvcore")
     assert isinstance(optimizer, torch.optim.AdamW)
+
+
+def test_the_billion_parameter_detector():
+    """Each parameter is in one module, and the backbone's are as many as they should be."""
+    pytest.importorskip("timm")
+    path = "configs/COCO-InstanceSegmentation/cascade_mask_rcnn_vitdet_g_bs960_agvm.py"
+    modules = assign_modules(lazy_model(os.path.join(ROOT, path)))
+    sizes = {name: sum(p.numel() for p in params) for name, params in modules.items()}
+    assert 1.0e9 < sum(sizes.values()) < 1.1e9
+    # A block: norms 4 d, qkv 3 d (d + 1), projection d (d + 1), MLP d h + h + h d + d, and relative
+    # positions, two of head x (2 size - 1): of windows of 14, or of the image's 64 patches.
+    d, h, head = 1408, 6144, 1408 // 16
+    block = 4 * d + 4 * d * (d + 1) + 2 * d * h + h + d
+    positions = head * 2 * (36 * (2 * 14 - 1) + 4 * (2 * 64 - 1))
+    embedding = d * (3 * 16 * 16 + 1) + d * (14 * 14 + 1)
+    assert sizes["backbone"] == 40 * block + positions + embedding
