@@ -1,5 +1,6 @@
 # Cascade Mask R-CNN on a ViT as large as ViT-g/14, 1.07 billion parameters: the size of UniNet-G,
-# the paper's largest, at its batch. 117,266 images / 960 = 122.15 iterations an epoch; 11.04 epochs.
+# the largest model of the paper, and its batch. 117,266 images / 960 = 122.15 iterations an epoch;
+# 1,349 are 11.04 epochs.
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 from detectron2.model_zoo import get_config

@@ -10,7 +10,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
-from helpers import RCNN_BASE, ROOT, VITDET
+from helpers import RCNN_BASE, ROOT, VITDET, same
 from toy import ToyDetector, batch, loss
 
 import agvm_d2.data  # noqa: F401
@@ -132,3 +132,26 @@ def test_a_loop_that_lasts_as_long_as_the_gain_asks():
     assert 15 < iterations < 60 <= agvm.progress
     lr = agvm.optimizer.param_groups[0]["lr"]
     assert lr == pytest.approx(0.002) and agvm.gain > 1.2
+
+
+def _sharded(path, first, last, resume):
+    import torch.distributed as dist
+
+    space: dict = {}
+    exec(code("A model sharded by FSDP2"), space)
+    model = ToyDetector()
+    batches = [batch(4, seed=2 * i + dist.get_rank()) for i in range(first, last)]
+    agvm = space["train"](model, [model.backbone.bottom_up], batches, loss, path, resume)
+    dist.barrier()
+    return agvm.modulator.factors.tolist(), torch.load(path, weights_only=True)
+
+
+def test_a_model_sharded_by_fsdp2(workers, tmp_path):
+    if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
+        pytest.skip("fully_shard is public from torch 2.6 on")
+    factors, whole = workers(2).run(_sharded, tmp_path / "a", 0, 6, False)[0]
+    assert factors != [1.0] * 4
+    workers(2).run(_sharded, tmp_path / "b", 0, 3, False)
+    again, resumed = workers(2).run(_sharded, tmp_path / "b", 0, 6, True)[0]
+    assert again == factors
+    same(whole, resumed)
