@@ -84,7 +84,7 @@ def recipe(base: Baseline, batch: int, scaling: str | None = None) -> dict[str, 
                 "ENABLED": True,
                 "CLIP_TYPE": "full_model",
                 "CLIP_VALUE": 1.0,
-                "ITER_RANGE": (warmup - window, warmup + window),
+                "ITER_RANGE": (warmup - window, warmup + window + 1),
             },
         },
         "AGVM": {

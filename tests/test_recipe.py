@@ -38,7 +38,7 @@ def test_what_it_prints_can_be_pasted_and_is_the_papers_recipe(capsys, tmp_path)
     assert solver.CHECKPOINT_PERIOD == 156  # 5,000 x 16 / 512
     assert solver.MAX_ITER == 2812 and solver.STEPS == (1875, 2500)  # 90,000 x 16 / 512
     assert solver.WARMUP_ITERS == 352 and solver.WARMUP_METHOD == "exp"
-    assert solver.CLIP_GRADIENTS.ITER_RANGE == (252, 452)
+    assert solver.CLIP_GRADIENTS.ITER_RANGE == (252, 453)
     assert cfg.AGVM.START_ITER == 452 and cfg.AGVM.INTERVAL == 10
 
 

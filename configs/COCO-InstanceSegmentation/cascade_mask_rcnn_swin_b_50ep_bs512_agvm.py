@@ -26,5 +26,5 @@ lr_multiplier = schedule(11452, [10180, 11028], warmup=460)
 train.init_checkpoint = "swin_base_patch4_window7_224_22k.pth"  # of microsoft/Swin-Transformer
 train.max_iter = 11452
 train.amp.enabled = True
-train.clip_gradients.iter_range = (360, 560)
+train.clip_gradients.iter_range = (360, 561)
 agvm.start_iter = 560

@@ -60,5 +60,5 @@ lr_multiplier = schedule(1349, [1199, 1299], warmup=244)
 train.init_checkpoint = ""  # weights of a ViT-g with patches of 16, such as MAE's, if you have some
 train.max_iter = 1349
 train.fsdp = dict(precision="bfloat16", checkpoint_activations=True)
-train.clip_gradients.iter_range = (144, 344)
+train.clip_gradients.iter_range = (144, 345)
 agvm.start_iter = 344

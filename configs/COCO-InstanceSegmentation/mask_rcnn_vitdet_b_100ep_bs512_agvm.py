@@ -17,5 +17,5 @@ train.init_checkpoint = (
 train.max_iter = 22904
 train.amp.enabled = True
 train.ddp.fp16_compression = False  # would take the communication hook
-train.clip_gradients.iter_range = (360, 560)
+train.clip_gradients.iter_range = (360, 561)
 agvm.start_iter = 560
