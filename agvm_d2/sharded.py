@@ -37,7 +37,10 @@ class ShardedTap(TensorTap):
         self._second_moments: dict[torch.Tensor, torch.Tensor] = {}
 
     def leaf(self, param: nn.Parameter) -> torch.Tensor:
-        return self._whole[param]
+        whole = self._whole[param]
+        if param.requires_grad and not whole.requires_grad:  # as FSDP2 does when it gathers it next
+            whole.requires_grad_()
+        return whole
 
     def _own_shard_only(self) -> list[bool]:
         """For each module."""

@@ -218,6 +218,36 @@ def test_monitoring_changes_no_bit(workers, adam):
     assert all(torch.equal(watched[name], weight) for name, weight in alone.items())
 
 
+def _unfrozen():
+    model = shard(ToyDetector(width=WIDTH))
+    model.proposal_generator.bias.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    agvm = AGVM(model, split_param_groups(optimizer, model), Settings(interval=1))
+    found = []
+    for i in range(4):
+        if i == 2:
+            model.proposal_generator.bias.requires_grad_(True)
+        agvm.begin(i)
+        optimizer.zero_grad()
+        loss(model, units_of(2)[dist.get_rank()]).backward()
+        agvm.backward_done()
+        optimizer.step()
+        agvm.end()
+        found.append(agvm.modulator.last.unit_sq[MODULES.index("rpn")].item())
+    return found, whole_state(model.state_dict(), True)
+
+
+def test_a_parameter_unfrozen_while_training_counts_from_then_on(workers):
+    found, weights = workers(2).run(_unfrozen)[0]
+    gradients, _ = gradients_of(weights, {}, units_of(2))
+    names = ["proposal_generator.weight", "proposal_generator.bias"]
+    frozen, free = (
+        reference.moments(reference.flatten(gradients, n))[0] for n in (names[:1], names)
+    )
+    assert found == pytest.approx([frozen, frozen, free, free], rel=1e-5)
+    assert free > 1.01 * frozen
+
+
 def _collectives(adam):
     """Of a measured iteration and of one that is not; names and numbers."""
     from torch.profiler import ProfilerActivity, profile
