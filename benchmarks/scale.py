@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """768 workers: the gradient variance with as many replicas, and what AGVM costs a step then.
 
-    python benchmarks/scale.py measure  # 25 minutes of one core; into benchmarks/results/scale.json
+    python benchmarks/scale.py measure  # 22 minutes of one core; into benchmarks/results/scale.json
     python benchmarks/scale.py account  # arithmetic: prints the tables
     python benchmarks/scale.py write    # the tables of docs/scale.md, and docs/scale.png
 
@@ -48,9 +48,10 @@ CONFIG = ROOT / "configs/Digits-Detection/faster_rcnn_thin_R_50_FPN_6ep_bs16_ada
 RESULTS = ROOT / "benchmarks/results/scale.json"
 DOCUMENT = ROOT / "docs/scale.md"
 IMAGES = 2  # of a replica
-FEWER = (8, 32, 128, 256)  # replicas, beside all; 256 are the batch of the paper's figure
+FEWER = (8, 32, 128, 256)  # replicas, beside all
 KINDS = {"adamw": "AdamW's", "sgd": "plain"}  # gradients: preconditioned, and as they are
-# Mid-training, batch 512, digitised from the paper's appendix figure (± 0.02).
+PAPER_UNITS = 256  # replicas of two images that have the batch of the paper's figure, 512
+# Its variances in mid-training, digitised (± 0.02).
 PAPER = {
     "adamw": {"backbone": 1.06, "fpn": 0.41, "rpn": 0.55, "box_head": 0.44},
     "sgd": {"backbone": 1.21, "fpn": 0.52, "rpn": 0.39, "box_head": 0.34},
@@ -221,9 +222,10 @@ def curves(result: dict, kind: str) -> dict[str, list[list[float]]]:
             torch.tensor(row[key], dtype=torch.float64) for key in ("unit_sq", "mean_sq")
         )
         values = {str(units): pairwise_moments(unit_sq, mean_sq, units).variance}
+        for k in {PAPER_UNITS, *map(int, row["mean_sq_of_first"])}:
+            expected = fewer_units(unit_sq, mean_sq, units, k)
+            values[str(k)] = pairwise_variance(unit_sq, expected, k)
         for k, own in row["mean_sq_of_first"].items():
-            expected = fewer_units(unit_sq, mean_sq, units, int(k))
-            values[k] = pairwise_variance(unit_sq, expected, int(k))
             values[f"first {k}"] = pairwise_variance(unit_sq, own, int(k))
         for name, phi in values.items():
             found.setdefault(name, []).append(phi.tolist())
@@ -257,28 +259,32 @@ def measured_tables(result: dict) -> str:
         mean = {
             k: [statistics.fmean(v) for v in zip(*rows, strict=True)] for k, rows in found.items()
         }
-        anchor = mean[units][result["modules"].index("backbone")]
+        anchor = result["modules"].index("backbone")
         for i, module in enumerate(result["modules"]):
-            phi, paper = mean[units][i], PAPER[kind]
-            factors = [
-                (a / b) ** 0.5 for a, b in ((anchor, phi), (paper["backbone"], paper[module]))
-            ]
+            rows = mean[units], mean[str(PAPER_UNITS)], [PAPER[kind][m] for m in result["modules"]]
             levels.append(
                 [label, module, span([row[i] for row in found[units]])]
-                + [f"{paper[module]:.2f}", *(f"{factor:.2f}" for factor in factors)]
+                + [f"{row[i]:.2f}" for row in rows[1:]]
+                + [f"{(row[anchor] / row[i]) ** 0.5:.2f}" for row in rows]
                 + [f"{noise[i]:,.0f}" if noise[i] == noise[i] else "–"]
             )
             cells = [f"{mean[k][i]:.2f} ({mean[f'first {k}'][i]:.2f})" for k in fewer]
-            by_k.append([label, module, *cells, f"{phi:.2f}"])
+            by_k.append([label, module, *cells, f"{mean[units][i]:.2f}"])
     starts = f"{result['start']} steps of {result['start_units']} × {IMAGES}"
+    factors = [
+        f"{module} {factor:.2f}"
+        for module, factor in zip(result["modules"], result["lr_scale"], strict=True)
+    ]
     text = (
         f"{result['steps']} steps of {units} × {result['images']} images, each "
         f"{result['step_cpu_seconds']:.0f} s of CPU time, after {starts} "
         f"({result['start_cpu_seconds']} s). {result['machine']}; torch {result['torch']}; hash of "
-        f"the weights at the first measured step {result['weights_hash']}.\n"
+        f"the weights at the first measured step {result['weights_hash']}. Factors after the last "
+        f"step: {', '.join(factors)}.\n"
     )
-    columns = ["gradients", "module", f"φ, K = {units}", "φ, paper, batch 512"]
-    columns += ["√(φ backbone / φ)", "paper's", "noise scale, images"]
+    same = f"batch {PAPER_UNITS * result['images']}"
+    columns = ["gradients", "module", f"φ, K = {units}", f"φ, {same}", f"φ, paper, {same}"]
+    columns += [f"√(φ backbone / φ), K = {units}", same, f"paper, {same}", "noise scale, images"]
     ks = ["gradients", "module", *(f"K = {k}" for k in fewer), f"K = {units}"]
     return "\n".join([text, table(columns, levels), table(ks, by_k)])
 

@@ -75,6 +75,7 @@ def result() -> dict:
         **{"replicas": 4, "images": 2, "start": 3, "start_units": 8, "steps": 1},
         **{"start_cpu_seconds": 1, "step_cpu_seconds": 2.0},
         **{"torch": "2", "machine": "m", "weights_hash": "h"},
+        "lr_scale": [1.0, 0.9, 1.0, 1.0],
         "modules": ["backbone", "fpn", "rpn", "box_head"],
         "moments": [{"kind": kind, **moments} for kind in scale.KINDS],
     }
@@ -83,9 +84,12 @@ def result() -> dict:
 def test_the_tables_by_hand():
     text = scale.measured_tables(result())
     assert "1 steps of 4 × 2 images, each 2 s of CPU time, after 3 steps of 8 × 2 (1 s)" in text
-    # phi = 2 (5 - 2)/(2 x 2 + 5) and 2 (4 - 1)/(2 x 1 + 4); the noise scale is 2 x 4 images.
-    assert "| AdamW's | rpn | 0.67 (0.67 to 0.67) | 0.55 | 1.00 | 1.39 | 8 |" in text
-    assert "| AdamW's | fpn | 1.00 (1.00 to 1.00) | 0.41 | 0.82 | 1.61 | – |" in text
+    assert "backbone 1.00, fpn 0.90" in text
+    # phi = 2 (5 - 2)/(2 x 2 + 5) and 2 (4 - 1)/(2 x 1 + 4); the noise scale is 2 x 4 images. With
+    # 256 units S2 is 1 + 4/256 and 4/256, so phi 7.97/262.97 and 1.
+    rpn = "0.67 (0.67 to 0.67) | 0.03 | 0.55 | 1.00 | 1.00 | 1.39 | 8 |"
+    fpn = "1.00 (1.00 to 1.00) | 1.00 | 0.41 | 0.82 | 0.17 | 1.61 | – |"
+    assert f"| AdamW's | rpn | {rpn}" in text and f"| AdamW's | fpn | {fpn}" in text
     # With two units S2 is 3, so phi 2 (5 - 3)/5; the first two had 4, so 2 (5 - 4)/5.
     assert "| plain | rpn | 0.80 (0.40) | 0.67 |" in text
 
