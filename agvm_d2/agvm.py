@@ -19,7 +19,7 @@ from .progress import Progress
 from .rules import RULES
 from .settings import Settings
 from .sharded import ShardedTap
-from .shards import check_sharding, is_sharded
+from .shards import check_sharding, is_sharded, reshard
 
 logger = logging.getLogger("detectron2.agvm_d2")  # takes Detectron2's handlers where it is used
 
@@ -79,6 +79,7 @@ class AGVM:
         require_hooks(optimizer)
         self.settings = settings = (settings or Settings()).check()
         if is_sharded(model):
+            reshard(model)
             check_sharding(model, optimizer)
         self.model, self.optimizer = model, optimizer
         self.micro_batches, self.batch_size = micro_batches, batch_size
@@ -168,6 +169,8 @@ class AGVM:
             self._wanted or self.modulator.due(iteration)
         )
         if self.tap is not None and (self._wanted or self._rehearsal):
+            if isinstance(self.tap, ShardedTap):
+                reshard(self.model)
             self.tap.modules = self._update_modules()
             self.tap.start()
 
@@ -436,6 +439,7 @@ def build_tap(
         ):
             if found:
                 raise ValueError(f"{key} is for DistributedDataParallel; sharded, {way}.")
+        reshard(model)
         check_sharding(model, optimizer)
         return ShardedTap(model, modules, precondition)
     if split:

@@ -18,10 +18,22 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def units(model: nn.Module) -> list[Any]:
+    """The modules on which `fully_shard` was called, from the outermost on."""
+    return [m for m in model.modules() if "FSDPModule" in {c.__name__ for c in type(m).__mro__}]
+
+
 def is_sharded(model: nn.Module) -> bool:
-    """Has it DTensors, or FSDP1's flat parameters?"""
+    """Has it parts under `fully_shard`, other DTensors, or FSDP1's flat parameters?"""
     flat = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
-    return flat or any(hasattr(p, "to_local") for p in model.parameters())
+    return flat or bool(units(model)) or any(hasattr(p, "to_local") for p in model.parameters())
+
+
+def reshard(model: nn.Module) -> None:
+    """Let the model hold its shards. After a forward pass without a backward one, as in an
+    evaluation, the outermost unit still holds whole parameters."""
+    for unit in units(model):
+        unit.reshard()
 
 
 def check_sharding(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -37,18 +49,12 @@ def check_sharding(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
             "of several modules into one. Shard the model with FSDP2, "
             "torch.distributed.fsdp.fully_shard."
         )
-    try:
-        from torch.distributed.fsdp import FSDPModule
-    except ImportError:
-        raise ValueError(
-            f"AGVM needs torch 2.6 or newer for a sharded model; this is {torch.__version__}."
-        ) from None
-    if not any(isinstance(m, FSDPModule) for m in model.modules()):
+    if not units(model):
         raise ValueError(
             "AGVM: the model's parameters are DTensors, but not by fully_shard. Tensor parallelism "
             "alone gives no gradients to compare: use FSDP2, or train with AGVM.ENABLED False."
         )
-    if not isinstance(uncompiled(model), FSDPModule):
+    if units(model)[0] is not uncompiled(model):
         raise ValueError(
             f"AGVM: parts of the model are sharded, but not {type(uncompiled(model)).__name__} "
             "itself: call fully_shard on it last, after its parts."
@@ -87,10 +93,8 @@ def check_sharding(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
 def whole_parameters(model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
     """Shard -> the whole parameter that forward and backward use, which FSDP2 keeps for the life
     of the model and fills in turn. Each unit is gathered once, so all workers call this."""
-    from torch.distributed.fsdp import FSDPModule
-
     found: dict[nn.Parameter, nn.Parameter] = {}
-    for unit in [m for m in model.modules() if isinstance(m, FSDPModule)]:
+    for unit in units(model):
         shards = dict(unit.named_parameters())
         unit.unshard()
         for name, param in unit.named_parameters():

@@ -16,7 +16,7 @@ from toy import MODULES, ToyDetector, batch, loss, parameter_names, same_bits
 from agvm_d2 import AGVM, Settings, sharded, split_param_groups
 from agvm_d2.agvm import build_tap
 from agvm_d2.modules import assign_modules
-from agvm_d2.shards import local_part, shard_like, whole_state
+from agvm_d2.shards import is_sharded, shard_like, whole_state
 from agvm_d2.solver import clip_gradients, skip_nonfinite_steps
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
@@ -246,6 +246,35 @@ def test_a_parameter_unfrozen_while_training_counts_from_then_on(workers):
     )
     assert found == pytest.approx([frozen, frozen, free, free], rel=1e-5)
     assert free > 1.01 * frozen
+
+
+def _evaluated(reshard_after_forward):
+    """Factors with and without a forward pass between the iterations."""
+    found = []
+    for evaluates in (False, True):
+        model = ToyDetector(width=WIDTH)
+        fsdp.fully_shard(model, reshard_after_forward=reshard_after_forward)  # one unit, the root
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        agvm = AGVM(model, split_param_groups(optimizer, model), Settings(interval=1))
+        for i in range(4):
+            agvm.begin(i)
+            optimizer.zero_grad()
+            loss(model, batch(4, seed=2 * i + dist.get_rank())).backward()
+            agvm.backward_done()
+            optimizer.step()
+            agvm.end()
+            if evaluates:
+                with torch.no_grad():
+                    model(batch(2))
+                assert is_sharded(model)
+        found.append(agvm.modulator.factors.tolist())
+    return found
+
+
+@pytest.mark.parametrize("reshard_after_forward", [False, True])
+def test_an_evaluation_between_the_iterations_changes_nothing(workers, reshard_after_forward):
+    for without, with_one in workers(2).run(_evaluated, reshard_after_forward):
+        assert without == with_one != [1.0] * 4
 
 
 def _collectives(adam):

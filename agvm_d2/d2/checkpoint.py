@@ -229,7 +229,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
             ValueError: not a checkpoint, a damaged one, or one that holds more than tensors and
                 plain values.
         """
-        data = load_pth(f, self.save_dir)
+        # Of a sharded model each worker takes its part alone into memory.
+        data = load_pth(f, self.save_dir, mapped=is_sharded(self.model))
         if not isinstance(data, dict):
             raise ValueError(f"The checkpoint '{f}' holds no dict of weights.")
         return data

@@ -117,6 +117,7 @@ class MicroBatchTrainer(SimpleTrainer):
         self.precision = precision
         self.skip_nonfinite = skip_nonfinite
         self._names = ["total_loss"]  # of the losses
+        self._sharded = is_sharded(model)
         self._limit = SkipLimit()  # of the steps that the GradScaler leaves out
 
     def run_step(self) -> None:
@@ -129,13 +130,13 @@ class MicroBatchTrainer(SimpleTrainer):
         pieces = [
             data[i : i + self.micro_batch_size] for i in range(0, len(data), self.micro_batch_size)
         ]
-        ddp, sharded = isinstance(self.model, DistributedDataParallel), is_sharded(self.model)
+        ddp = isinstance(self.model, DistributedDataParallel)
         self.optimizer.zero_grad()
         totals: dict[str, torch.Tensor] = {}
         for i, piece in enumerate(pieces):
             weight = len(piece) / len(data)
             last = i == len(pieces) - 1
-            if sharded:  # shards are added up: whole gradients may not fit
+            if self._sharded:  # shards are added up: whole gradients may not fit
                 self.model.set_is_last_backward(last)
                 self.model.set_requires_all_reduce(last)
             with self.model.no_sync() if ddp and not last else contextlib.nullcontext():
@@ -168,7 +169,7 @@ class MicroBatchTrainer(SimpleTrainer):
         try:
             losses = self._forward(piece)
         except FloatingPointError:  # Detectron2's RPN, at NaN or inf
-            if not self.skip_nonfinite or is_sharded(self.model):  # where all must go on alike
+            if not self.skip_nonfinite or self._sharded:  # where all must go on alike
                 raise
             losses = self._nan_losses(piece)
         self._names = list(losses)

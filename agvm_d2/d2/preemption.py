@@ -101,11 +101,12 @@ class PreemptionHook(HookBase):
     """Ends training with a checkpoint and `Preempted` after a signal; register it as the first.
 
     All hooks are done with an iteration when its checkpoint is written. An evaluation is aborted if
-    its function is wrapped by `abortable`.
+    its function is wrapped by `abortable`; that of a sharded model goes on to its end.
     """
 
     def __init__(self, checkpointer: Checkpointer):
         self._checkpointer = checkpointer
+        self._sharded = is_sharded(checkpointer.model)
         self._signals = SignalCatcher(self._on_signal)
         self._leaving = self._evaluating = self._over = False
         self._agreed = 0  # the signal, once all workers know of it
@@ -169,7 +170,7 @@ class PreemptionHook(HookBase):
         trainer, name = self.trainer, signal.Signals(self._signals.signum).name
         logger.warning(f"{name}: stopping after iteration {trainer.iter}.")
         # Else it was the last iteration or evaluation, and model_final is there.
-        saves = comm.is_main_process() or is_sharded(self._checkpointer.model)
+        saves = comm.is_main_process() or self._sharded
         if trainer.iter + 1 < trainer.max_iter and saves:
             self._checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
         try:  # nobody ends before the checkpoint is there: the launcher would stop all
@@ -205,13 +206,15 @@ class PreemptionHook(HookBase):
                 return self._leave() if self._over else None
             results, aborted = None, False
             try:
-                with self._until_signal():
+                # In a forward pass of a sharded model the workers wait for each other: none leaves.
+                whole = contextlib.nullcontext() if self._sharded else self._until_signal()
+                with whole:
                     results = evaluate()
             except Preempted:
                 aborted = True
             except Exception:
                 time.sleep(0.5)  # it may have ended a loader's process before it came here
-                if not self._signals.signum:
+                if not self._signals.signum or self._sharded:
                     raise
                 aborted = True
             # Once more after the evaluation, aborted or not: the same number for each worker.

@@ -63,11 +63,12 @@ def _broken(path: str) -> str:
     return ""
 
 
-def load_pth(path: str, own_folder: str = "") -> Any:
+def load_pth(path: str, own_folder: str = "", mapped: bool = False) -> Any:
     """A .pth file's tensors and plain values.
 
     Args:
         own_folder: this run's; a file elsewhere may be from anyone.
+        mapped: read from the disk what is used of a tensor, when it is used.
 
     Raises:
         ValueError: it is damaged, or holds more than tensors and plain values.
@@ -80,7 +81,8 @@ def load_pth(path: str, own_folder: str = "") -> Any:
             )
     warn_of_old_torch(path, own_folder)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        mapped = mapped and _is_zip(path)  # others cannot be
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
             f"The checkpoint '{path}' cannot be read: {str(error).splitlines()[0]} Only files of "

@@ -123,16 +123,17 @@ def test_from_the_command_line(digits, tmp_path):
     assert "train.fsdp: there is one worker" in out and not (tmp_path / "d").exists()
 
 
-def test_a_signal_ends_it_with_a_whole_checkpoint(digits, tmp_path):
+@pytest.mark.parametrize("moment", [" iter: 3 ", "Start inference"])
+def test_a_signal_ends_it_with_a_whole_checkpoint(digits, tmp_path, moment):
     process = start(
         "train_net.py", "--config-file", VITDET, "--num-gpus", 2, "--dist-url", "auto", *SHORT,
         FSDP, "train.max_iter=1000", "train.checkpointer.period=1000", "train.log_period=1",
-        f"train.output_dir={tmp_path}",
+        "train.eval_period=4", f"train.output_dir={tmp_path}",
     )  # fmt: skip
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if " iter: 3 " in line:
+        if moment in line:
             process.send_signal(signal.SIGTERM)
             break
     out = process.communicate(timeout=600)[0]
