@@ -16,7 +16,7 @@ from toy import MODULES, ToyDetector, batch, loss, parameter_names, same_bits
 from agvm_d2 import AGVM, Settings, sharded, split_param_groups
 from agvm_d2.agvm import build_tap
 from agvm_d2.modules import assign_modules
-from agvm_d2.shards import is_sharded, shard_like, whole_state
+from agvm_d2.shards import is_sharded, local_part, shard_like, whole_state
 from agvm_d2.solver import clip_gradients, skip_nonfinite_steps
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
