@@ -57,16 +57,21 @@ class SplitBucketTap(BucketTap):
         copy = bucket.buffer().clone()
         work = dist.reduce(copy, self.half[0], group=self.half_group, async_op=True)
         assert work is not None  # it is outside the group only
-        root = dist.get_rank() == self.half[0]
+        root, params = dist.get_rank() == self.half[0], bucket.parameters()
 
-        def reduced(future: torch.futures.Future) -> None:
-            if root:
-                measure(self._unit, future)  # its result, the copy, is not to be kept
+        def reduced(future: torch.futures.Future) -> list[torch.Tensor]:
+            if not root:
+                return []
+            measure(self._unit, future)
+            # On CUDA this runs on a stream of its own, and who waits for the future waits for what
+            # it returns. So not None; and not the copy, which would be kept.
+            return self._unit.of(params)
 
         self._pending.append(work.get_future().then(reduced))
 
     def local(self) -> tuple[torch.Tensor, int]:
-        torch.futures.wait_all(self._pending)
+        for future in self._pending:
+            future.wait()
         mean_sq = self._mean.total(self.device)
         halves = mean_sq.new_zeros(2, len(mean_sq))
         # 0 but on the half's root.

@@ -1,0 +1,107 @@
+"""On a GPU, measurements run on streams of their own: none is read before it is made. Checked with
+`streams`, on any machine, for one backward pass of four workers as the first of them sees it."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from streams import Bucket, Streams, nccl
+from torch import nn
+
+from agvm_d2.moments import BucketTap
+from agvm_d2.split import SplitBucketTap
+
+WORKERS = 4
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    streams = Streams()
+    for name, value in {
+        "is_initialized": True,
+        "get_world_size": WORKERS,
+        "get_rank": 0,
+        "get_process_group_ranks": list(range(WORKERS)),
+        "new_group": None,
+    }.items():
+        monkeypatch.setattr(dist, name, lambda *_, _value=value, **__: _value)
+    monkeypatch.setattr(dist, "all_reduce", nccl(streams, "world", WORKERS))
+    monkeypatch.setattr(dist, "reduce", nccl(streams, "half", WORKERS // 2))
+    return streams
+
+
+class Model:
+    """What a tap needs of DDP: the slot of the communication hook, then a backward pass."""
+
+    process_group = None
+
+    def register_comm_hook(self, state, hook):
+        self._state, self._hook = state, hook
+
+    def backward(self, params, waits=True):
+        buckets = [Bucket(params[i : i + 2]) for i in range(0, len(params), 2)]
+        futures = [self._hook(self._state, bucket) for bucket in buckets]
+        for bucket, future in zip(buckets, futures):
+            if waits:
+                future.wait()
+            bucket.buffer().mul_(0.5)  # as clipping does
+
+
+def measured_step(streams, tap_class, precondition=None, waits=True):
+    params = [nn.Parameter(torch.randn(5, 7)) for _ in range(6)]
+    model = Model()
+    tap = tap_class(model, {"a": params[:3], "b": params[3:]}, precondition)
+    with streams, torch.no_grad():
+        tap.start()
+        model.backward(params, waits)
+        return tap.collect()
+
+
+def adam(param, grad):
+    return grad / grad.abs().sqrt()
+
+
+@pytest.mark.parametrize("precondition", [None, adam])
+@pytest.mark.parametrize("tap_class", [BucketTap, SplitBucketTap])
+def test_no_measurement_races(streams, tap_class, precondition):
+    moments = measured_step(streams, tap_class, precondition)
+    assert streams.races == [] and (moments.mean_sq > 0).all()
+
+
+class SplitWithoutAValue(SplitBucketTap):
+    """Its callback returns nothing, so that there is nothing to wait for."""
+
+    def measure_units(self, bucket, measure):
+        def reduced(future):
+            measure(self._unit, future)
+
+        work = dist.reduce(bucket.buffer().clone(), 0, async_op=True)
+        self._pending.append(work.get_future().then(reduced))
+
+
+def test_a_callback_that_returns_nothing_would_race(streams):
+    measured_step(streams, SplitWithoutAValue)
+    assert len(streams.races) == 6  # the norms of six parameters
+    assert all("on main, unordered after pool" in race for race in streams.races)
+
+
+def test_a_measurement_read_before_ddp_has_waited_would_race(streams):
+    measured_step(streams, BucketTap, waits=False)
+    assert any("on main, unordered after pool" in race for race in streams.races)
+
+
+def test_memory_that_is_still_read_elsewhere_may_not_be_written():
+    streams = Streams()
+    with streams:
+        tensor = torch.ones(3)
+        before = streams.event()
+        with streams.on("side"):
+            streams.wait(before)
+            tensor.sum()
+            after = streams.event()
+        tensor.view(1, 3)  # touches no memory
+        assert streams.races == []
+        tensor.add_(1)
+        assert streams.races == ["aten.add_.Tensor on main, unordered after side"]
+        streams.wait(after)
+        tensor.add_(1)
+        assert len(streams.races) == 1
