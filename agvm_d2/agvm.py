@@ -156,7 +156,17 @@ class AGVM:
 
         The first one after `attach` is measured in any case, and thrown away: a loop that cannot be
         measured fails there, and not at `start_iter`.
+
+        Raises:
+            RuntimeError: the loop cannot be measured, or a CUDA graph is being captured.
         """
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "AGVM cannot measure while a CUDA graph is captured: its hooks would run now, and "
+                "not when the graph is replayed. Capture at most the model "
+                "(torch.cuda.make_graphed_callables), and leave AGVM, backward() and the "
+                "optimizer's step outside of the graph."
+            )
         self.attach()
         self._iteration, self._depth, self.measured = iteration, 0, False
         self._progress.begin()
