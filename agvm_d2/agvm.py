@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .modulator import Modulator
 from .modules import assign_modules, uncompiled
-from .moments import BucketTap, CommHook, GradientTap, TensorTap
+from .moments import CommHook, GradientTap, TensorTap
 from .norms import Modules
 from .param_groups import module_of_groups, require_hooks
 from .precondition import Precondition, preconditioner
@@ -445,13 +445,7 @@ def build_tap(
     model = uncompiled(model)
     if not isinstance(model, DistributedDataParallel):
         return TensorTap(modules, precondition)
-    if micro_batches == 1:
-        try:
-            return BucketTap(model, modules, precondition, inner)
-        except RuntimeError:  # only one hook fits, and fp16_compression=True takes it
-            logger.info(
-                "AGVM: DDP's communication hook is taken; measuring with parameter hooks instead."
-            )
-    elif inner is not None:
+    if inner is not None:
         model.register_comm_hook(*inner)
-    return TensorTap(modules, precondition, model.process_group)
+    one_pass = model if micro_batches == 1 else None
+    return TensorTap(modules, precondition, model.process_group, one_pass)

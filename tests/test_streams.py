@@ -1,5 +1,6 @@
-"""On a GPU, measurements run on streams of their own: none is read before it is made. Checked with
-`streams`, on any machine, for one backward pass of four workers as the first of them sees it."""
+"""On a GPU, `split` measures on streams of its own: no number is read before it is made. Checked
+with `streams`, on any machine, for one backward pass as the first worker sees it. (`pairwise`
+measures in parameter hooks, which autograd orders, and at the end of the pass, after DDP.)"""
 
 import pytest
 import torch
@@ -7,25 +8,22 @@ import torch.distributed as dist
 from streams import Bucket, Streams, nccl
 from torch import nn
 
-from agvm_d2.moments import BucketTap
 from agvm_d2.split import SplitBucketTap
 
-WORKERS = 4
 
-
-@pytest.fixture
-def streams(monkeypatch):
-    streams = Streams()
+@pytest.fixture(params=[2, 4])
+def streams(monkeypatch, request):
+    streams, workers = Streams(), request.param
     for name, value in {
         "is_initialized": True,
-        "get_world_size": WORKERS,
+        "get_world_size": workers,
         "get_rank": 0,
-        "get_process_group_ranks": list(range(WORKERS)),
+        "get_process_group_ranks": list(range(workers)),
         "new_group": None,
     }.items():
         monkeypatch.setattr(dist, name, lambda *_, _value=value, **__: _value)
-    monkeypatch.setattr(dist, "all_reduce", nccl(streams, "world", WORKERS))
-    monkeypatch.setattr(dist, "reduce", nccl(streams, "half", WORKERS // 2))
+    monkeypatch.setattr(dist, "all_reduce", nccl(streams, "world", workers))
+    monkeypatch.setattr(dist, "reduce", nccl(streams, "half", workers // 2))
     return streams
 
 
@@ -61,18 +59,17 @@ def adam(param, grad):
 
 
 @pytest.mark.parametrize("precondition", [None, adam])
-@pytest.mark.parametrize("tap_class", [BucketTap, SplitBucketTap])
-def test_no_measurement_races(streams, tap_class, precondition):
-    moments = measured_step(streams, tap_class, precondition)
+def test_no_measurement_races(streams, precondition):
+    moments = measured_step(streams, SplitBucketTap, precondition)
     assert streams.races == [] and (moments.mean_sq > 0).all()
 
 
 class SplitWithoutAValue(SplitBucketTap):
     """Its callback returns nothing, so that there is nothing to wait for."""
 
-    def measure_units(self, bucket, measure):
+    def measure_half(self, bucket, measure):
         def reduced(future):
-            measure(self._unit, future)
+            measure(self._half, future)
 
         work = dist.reduce(bucket.buffer().clone(), 0, async_op=True)
         self._pending.append(work.get_future().then(reduced))
@@ -85,7 +82,7 @@ def test_a_callback_that_returns_nothing_would_race(streams):
 
 
 def test_a_measurement_read_before_ddp_has_waited_would_race(streams):
-    measured_step(streams, BucketTap, waits=False)
+    measured_step(streams, SplitBucketTap, waits=False)
     assert any("on main, unordered after pool" in race for race in streams.races)
 
 
