@@ -185,8 +185,11 @@ class TensorTap(GradientTap):
 
     @torch.no_grad()
     def _measure_average(self) -> None:
-        grads = {p: p.grad for p in self.params if p.grad is not None}
-        self._mean_sq = self.norms().add([*grads], [*grads.values()]).total(self.device)
+        norms = self.norms()
+        for params in self.modules.values():  # one by one: Adam's needs a copy of what it measures
+            grads = {p: p.grad for p in params if p.grad is not None}
+            norms.add([*grads], [*grads.values()])
+        self._mean_sq = norms.total(self.device)
 
     @torch.no_grad()
     def unit_done(self, weight: float = 1.0) -> None:
