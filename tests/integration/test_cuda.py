@@ -123,9 +123,10 @@ def train(device, kind, iterations, ddp=True, settings=None, after=None):
     wrapped = DistributedDataParallel(model, bucket_cap_mb=0.0005) if ddp else model
     settings = settings or Settings(interval=1, start_iter=0, momentum=0.5)
     agvm = AGVM(wrapped, optimizer, settings, micro_batches=2)
+    data = [put(batch(4, seed=i), device) for i in range(2 * iterations)]
 
     def step(iteration):
-        first, second = (put(batch(4, seed=2 * iteration + i), device) for i in range(2))
+        first, second = data[2 * iteration : 2 * iteration + 2]
         agvm.begin(iteration)
         with wrapped.no_sync() if ddp else contextlib.nullcontext():
             (loss(wrapped, first) / 2).backward()
@@ -174,8 +175,7 @@ EVERY_SECOND = Settings(interval=2, start_iter=0)
 @CUDA
 def test_a_measured_step_waits_once_for_the_gpu_and_others_never(workers):
     (found,) = workers(1, "nccl").run(_synchronisations)
-    data = 4 * 2 * 2  # batches are copied to the GPU
-    assert [number - data for number in found[2:]] == [1, 0, 1, 0]
+    assert found[2:] == [1, 0, 1, 0]  # after DDP has rebuilt its buckets
 
 
 def _kernels():
@@ -200,7 +200,7 @@ def test_kernels_of_a_measurement_are_bounded(workers):
     params, passes = len([*ToyDetector().parameters()]), 2
     more = found[2] - found[3]
     assert 0 < more <= (passes + 1) * (4 * params + 8 * len(MODULES)) + 40
-    assert found[4] - found[5] == pytest.approx(more, abs=5)
+    assert found[4] - found[5] == pytest.approx(more, rel=0.2)
 
 
 # DDP: one unit per worker; of a single one, S1 and S2 are its gradient's squared norm
