@@ -1,5 +1,5 @@
-# make setup | demo | test-fast | test | test-all | lint. `make setup VENV=DIR` uses another
-# environment.
+# make setup | demo | test-fast | test | test-all | lint | gpu-check. `make setup VENV=DIR` uses
+# another environment.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -8,7 +8,7 @@ STAMP := $(VENV)/.agvm_d2
 D2_WHEEL := sal-detectron2==0.7.2
 DEMO_CONFIG := configs/Digits-Detection/faster_rcnn_thin_R_50_FPN_bs64_agvm.yaml
 
-.PHONY: setup demo test-fast test test-all lint clean
+.PHONY: setup demo test-fast test test-all lint gpu-check clean
 setup: $(STAMP)
 
 # The stamp comes last, so an interrupted set-up starts over. A Detectron2 that $(PYTHON) already
@@ -46,6 +46,11 @@ lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# On a machine with a GPU: tests, cost and a short training, in about ten minutes. The report is for
+# an issue.
+gpu-check: setup
+	$(PY) benchmarks/gpu_check.py
 
 clean:
 	rm -rf $(VENV) *.egg-info output

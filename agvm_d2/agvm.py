@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .modulator import Modulator
 from .modules import assign_modules, uncompiled
-from .moments import BucketTap, CommHook, GradientTap, TensorTap
+from .moments import CommHook, GradientTap, TensorTap
 from .norms import Modules
 from .param_groups import is_zero, module_of_groups, require_hooks
 from .precondition import preconditioner
@@ -161,7 +161,17 @@ class AGVM:
 
         The first one after `attach` is measured in any case, and thrown away: a loop that cannot be
         measured fails there, and not at `start_iter`.
+
+        Raises:
+            RuntimeError: the loop cannot be measured, or a CUDA graph is being captured.
         """
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "AGVM cannot measure while a CUDA graph is captured: its hooks would run now, and "
+                "not when the graph is replayed. Capture at most the model "
+                "(torch.cuda.make_graphed_callables), and leave AGVM, backward() and the "
+                "optimizer's step outside of the graph."
+            )
         self.attach()
         self._iteration, self._depth, self.measured = iteration, 0, False
         self._progress.begin()
@@ -454,13 +464,7 @@ def build_tap(
     model = uncompiled(model)
     if not isinstance(model, DistributedDataParallel):
         return TensorTap(modules, precondition)
-    if micro_batches == 1:
-        try:
-            return BucketTap(model, modules, precondition, inner)
-        except RuntimeError:  # only one hook fits, and fp16_compression=True takes it
-            logger.info(
-                "AGVM: DDP's communication hook is taken; measuring with parameter hooks instead."
-            )
-    elif inner is not None:
+    if inner is not None:
         model.register_comm_hook(*inner)
-    return TensorTap(modules, precondition, model.process_group)
+    one_pass = model if micro_batches == 1 else None
+    return TensorTap(modules, precondition, model.process_group, one_pass)

@@ -4,8 +4,7 @@ S1, the mean squared norm of the single gradients, must be seen before DDP avera
 Only squared norms are kept and sent. The paper's estimator, which needs more, is in `split.py`.
 """
 
-# No `from __future__ import annotations` here: DDP compares the annotation of a communication
-# hook's `bucket` with the class itself, and would refuse a string.
+from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,6 +19,8 @@ from .shards import local_part
 from .variance import pairwise_variance
 
 CommHook = tuple[Any, Callable]  # (state, hook), the arguments of DDP's register_comm_hook
+
+ENGINE: Any = getattr(torch.autograd.Variable, "_execution_engine", None)  # not public
 
 
 class Moments(NamedTuple):
@@ -44,7 +45,7 @@ def pairwise_moments(unit_sq: torch.Tensor, mean_sq: torch.Tensor, num_units: in
 NOT_SEEN = (
     "AGVM did not see the averaged gradient: call AGVMHook.after_backward() (AGVM.backward_done()) "
     "between backward() and clipping or optimizer.step(), as Detectron2's SimpleTrainer does, or "
-    "train in DistributedDataParallel with its communication hook free."
+    "train in DistributedDataParallel, without micro-batches."
 )
 
 
@@ -77,23 +78,21 @@ class GradientTap:
         self.stop()
         self.measuring, self.seen, self.accumulated = True, False, False
         self._unchecked = {params[0] for params in self.modules.values()}
-        self._handles = [self.leaf(p).register_hook(self._check(p)) for p in self._unchecked]
+        for param in self._unchecked:
+            hook = functools.partial(self._check, param)
+            self._handles.append(self.leaf(param).register_hook(hook))
 
     def leaf(self, param: nn.Parameter) -> torch.Tensor:
         """What the backward pass gives the parameter's gradient to."""
         return param
 
-    def _check(self, param: nn.Parameter) -> Callable[[torch.Tensor], None]:
-        """A hook that runs before a gradient is added to `param.grad`, empty in a first pass."""
-
-        def check(grad: torch.Tensor) -> None:
-            self.seen = True
-            if param in self._unchecked:
-                self._unchecked.remove(param)
-                before = param.grad
-                self.accumulated |= before is not None and bool(local_part(before).any())
-
-        return check
+    def _check(self, param: nn.Parameter, grad: torch.Tensor) -> None:
+        """Runs before a gradient is added to `param.grad`, which is empty in a first pass."""
+        self.seen = True
+        if param in self._unchecked:
+            self._unchecked.remove(param)
+            before = param.grad
+            self.accumulated |= before is not None and bool(local_part(before).any())
 
     def unit_done(self, weight: float) -> None:
         """A backward pass ended, whose gradient entered this worker's average as weight * u."""
@@ -126,7 +125,7 @@ class GradientTap:
         self.stop()
         rows, num_units = self.local()
         count = torch.nan if self.accumulated else num_units
-        numbers = torch.cat([rows.flatten(), rows.new_tensor([count])])
+        numbers = torch.cat([rows.flatten(), rows.new_full((1,), count)])
         if self.workers > 1:
             dist.all_reduce(numbers, group=self.group)
         numbers = numbers.cpu()
@@ -135,85 +134,17 @@ class GradientTap:
         return self.moments(numbers[:-1].view(rows.shape) / self.workers, int(numbers[-1]))
 
 
-class BucketTap(GradientTap):
-    """One unit per worker: measures DDP's buckets as they become ready, overlapped with backward.
+class TensorTap(GradientTap):
+    """One unit per worker, or per micro-batch: parameter hooks see each backward pass's own
+    gradient, before DDP averages it. DDP itself stays as it is.
 
-    A communication hook sees each flat bucket before averaging (S1) and its future after (S2), so
-    clipping and loss scaling come later and both moments have one scale. Steps that are not
-    measured do just what DDP does without a hook.
+    One small kernel per parameter and pass, on measured steps only. Reentrant activation
+    checkpointing gives a parameter that is used several times as many gradients; their sum is then
+    kept from one to the next.
 
     Args:
-        inner: the communication hook to run; plain averaging by default.
-
-    Raises:
-        RuntimeError: the model has a communication hook already.
-    """
-
-    def __init__(
-        self,
-        model: DistributedDataParallel,
-        modules: Modules,
-        precondition: Precondition | None = None,
-        inner: CommHook | None = None,
-    ):
-        super().__init__(modules, precondition, model.process_group)
-        self.inner = inner
-        model.register_comm_hook(self, _comm_hook)
-
-    def start(self) -> None:
-        self._unit, self._mean = self.norms(), self.norms()
-        self._averaged = False
-        super().start()
-
-    def average(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """What DDP does without a hook, or the inner hook."""
-        if self.inner is not None:
-            state, hook = self.inner
-            return hook(state, bucket)
-        # DDP itself multiplies by 1/W; div_ would differ in the last bit for W = 3.
-        buffer = bucket.buffer().mul_(1.0 / self.workers)
-        work = dist.all_reduce(buffer, group=self.group, async_op=True)
-        return work.get_future().then(lambda future: future.value()[0])
-
-    @torch.no_grad()
-    def measured_average(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """`average`, with the bucket measured before and after it."""
-        self._averaged = True  # not in a pass under no_sync()
-        # Buckets are rebuilt after the first step: go by parameter, not by position.
-        params = bucket.parameters()
-        start = bucket.buffer().storage_offset()
-        views = [(g.size(), g.stride(), g.storage_offset() - start) for g in bucket.gradients()]
-
-        @torch.no_grad()
-        def measure(norms: ModuleNorms, future: torch.futures.Future) -> torch.Tensor:
-            flat = future.value()
-            flat = flat[0] if isinstance(flat, (list, tuple)) else flat
-            offset = flat.storage_offset()
-            norms.add(params, [flat.as_strided(s, t, offset + o) for s, t, o in views])
-            return flat
-
-        self.measure_units(bucket, measure)
-        return self.average(bucket).then(functools.partial(measure, self._mean))
-
-    def measure_units(self, bucket: dist.GradBucket, measure: Callable) -> None:
-        """Measure this worker's own gradients; `measure` does so for a copy of the bucket."""
-        self._unit.add(bucket.parameters(), bucket.gradients())
-
-    def local(self) -> tuple[torch.Tensor, int]:
-        rows = [self._unit.total(self.device), self._mean.total(self.device)]
-        return torch.stack(rows), int(self._averaged)
-
-
-def _comm_hook(tap: BucketTap, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    return tap.measured_average(bucket) if tap.measuring else tap.average(bucket)
-
-
-class TensorTap(GradientTap):
-    """One unit per micro-batch: parameter hooks see each backward pass's own gradient.
-
-    Works with one worker and where DDP's communication hook is taken. One small kernel per
-    parameter and pass, on measured steps only. Reentrant activation checkpointing gives a parameter
-    that is used several times as many gradients; their sum is then kept from one to the next.
+        ddp: where one backward pass makes a step, its end is seen here, and no one need tell, as
+            far as this torch has a callback for it.
     """
 
     def __init__(
@@ -221,8 +152,10 @@ class TensorTap(GradientTap):
         modules: Modules,
         precondition: Precondition | None = None,
         group: dist.ProcessGroup | None = None,
+        ddp: DistributedDataParallel | None = None,
     ):
         super().__init__(modules, precondition, group)
+        self.ddp = ddp if hasattr(ENGINE, "queue_callback") else None
         self._several: set[nn.Parameter] = set()
 
     def start(self) -> None:
@@ -230,6 +163,7 @@ class TensorTap(GradientTap):
         self._unit_sq = torch.zeros(len(self.modules), dtype=torch.float64, device=self.device)
         self._mean_sq: torch.Tensor | None = None
         self._num_units = 0
+        self._waiting = False  # for the end of a backward pass
         self._begin_unit()
         self._handles += [
             self.leaf(p).register_hook(functools.partial(self._add, p)) for p in self.params
@@ -239,7 +173,13 @@ class TensorTap(GradientTap):
         self._unit, self._sums = self.norms(), dict[nn.Parameter, torch.Tensor | None]()
 
     @torch.no_grad()
-    def _add(self, param: nn.Parameter, grad: torch.Tensor) -> None:
+    def _add(self, param: nn.Parameter, grad: torch.Tensor | None) -> None:
+        if self.ddp is not None and self.ddp.require_backward_grad_sync and not self._waiting:
+            self._waiting = True
+            # Again from there: it then comes after DDP's own, which ends the averaging.
+            _at_the_end_of_backward(lambda: _at_the_end_of_backward(self._averaged))
+        if grad is None:  # of a loss that was left out
+            return
         if param in self._sums:
             before = self._sums[param]
             if before is None:  # not expected: the first unit's is in `.grad`, another's is lost
@@ -253,6 +193,19 @@ class TensorTap(GradientTap):
         """Measure a parameter's gradient of one backward pass."""
         self._unit.add([param], [grad])
 
+    def _averaged(self) -> None:
+        self._waiting = False
+        if self.measuring:
+            self._measure_average()
+
+    @torch.no_grad()
+    def _measure_average(self) -> None:
+        norms = self.norms()
+        for params in self.modules.values():  # one by one: Adam's needs a copy of what it measures
+            grads = {p: local_part(p.grad) for p in params if p.grad is not None}
+            norms.add([*grads], [*grads.values()])
+        self._mean_sq = norms.total(self.device)
+
     @torch.no_grad()
     def unit_done(self, weight: float = 1.0) -> None:
         # Weighting S1 alike, sum_k w_k |u_k|^2, keeps S1 - S2 = (K - 1) tr(Sigma)/batch in
@@ -261,14 +214,20 @@ class TensorTap(GradientTap):
         self._num_units += 1
         self._begin_unit()
 
-    @torch.no_grad()
     def average_done(self) -> None:
-        if not self._num_units:  # a training loop without micro-batches
-            self.unit_done()
-        grads = {p: local_part(p.grad) for p in self.params if p.grad is not None}
-        self._mean_sq = self.norms().add([*grads], [*grads.values()]).total(self.device)
+        if self.ddp is None:
+            self._measure_average()
 
     def local(self) -> tuple[torch.Tensor, int]:
         if self._mean_sq is None:
-            raise RuntimeError(NOT_SEEN)
+            if self.ddp is None:
+                raise RuntimeError(NOT_SEEN)
+            return torch.stack([self._unit_sq] * 2), 0  # all passes were under no_sync()
+        if not self._num_units:  # a training loop without micro-batches
+            self.unit_done()
         return torch.stack([self._unit_sq, self._mean_sq]), self._num_units
+
+
+def _at_the_end_of_backward(function: Callable[[], None]) -> None:
+    """Call it when the running backward pass is over, as DDP and FSDP do for themselves."""
+    ENGINE.queue_callback(function)

@@ -69,11 +69,15 @@ class ModuleNorms:
         self._norms.update(zip(params, block_norms(grads), strict=True))
         return self
 
+    def of(self, params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The norms of these parameters' blocks; none for a parameter without a gradient."""
+        return [norm for param in params for norm in self._norms.get(param, ())]
+
     def total(self, device: torch.device) -> torch.Tensor:
         """float64, shape (modules,)."""
         totals = torch.zeros(len(self._modules), dtype=torch.float64, device=device)
         for i, params in enumerate(self._modules.values()):
-            norms = [norm for param in params for norm in self._norms.get(param, ())]
+            norms = self.of(params)
             if norms:
                 totals[i] = torch.cat(norms).double().square().sum()
         return totals

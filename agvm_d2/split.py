@@ -4,7 +4,9 @@ Of workers: each bucket is also reduced within each half, on measured steps. Of 
 micro-batches: the first half's gradient is kept from the middle of a measured step to its end.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: DDP compares the annotation of a communication
+# hook's `bucket` with the class itself, and would refuse a string.
+import functools
 from collections.abc import Callable
 from typing import Any
 import torch
@@ -13,8 +15,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .modules import uncompiled
-from .moments import NOT_SEEN, BucketTap, CommHook, GradientTap, Moments
-from .norms import Modules
+from .moments import NOT_SEEN, CommHook, GradientTap, Moments
+from .norms import ModuleNorms, Modules
 from .precondition import Precondition
 from .variance import split_variance
 
@@ -27,8 +29,19 @@ def split_moments(rows: torch.Tensor, share: float) -> Moments:
     return Moments(unit_sq, mean_sq, 2, split_variance(sq_a, sq_b, mean_sq, share))
 
 
-class SplitBucketTap(BucketTap):
-    """The first half of the workers against the second; of an odd number it has one more."""
+class SplitBucketTap(GradientTap):
+    """The first half of the workers against the second; of an odd number it has one more.
+
+    A communication hook sees each of DDP's flat buckets before averaging and its future after, so
+    clipping and loss scaling come later and all moments have one scale. Steps that are not measured
+    do just what DDP does without a hook.
+
+    Args:
+        inner: the communication hook to run; plain averaging by default.
+
+    Raises:
+        RuntimeError: the model has a communication hook already.
+    """
 
     def __init__(
         self,
@@ -37,7 +50,9 @@ class SplitBucketTap(BucketTap):
         precondition: Precondition | None = None,
         inner: CommHook | None = None,
     ):
-        super().__init__(model, modules, precondition, inner)
+        super().__init__(modules, precondition, model.process_group)
+        self.inner = inner
+        model.register_comm_hook(self, _comm_hook)
         ranks = dist.get_process_group_ranks(self.group)
         cut = (self.workers + 1) // 2
         self.share = cut / self.workers
@@ -48,33 +63,78 @@ class SplitBucketTap(BucketTap):
         self.half, self.half_group = halves[self.side], groups[self.side]
 
     def start(self) -> None:
+        self._half, self._mean = self.norms(), self.norms()
+        self._averaged = False
         self._pending: list[torch.futures.Future] = []
         super().start()
 
-    def measure_units(self, bucket: dist.GradBucket, measure: Callable) -> None:
+    def average(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """What DDP does without a hook, or the inner hook."""
+        if self.inner is not None:
+            state, hook = self.inner
+            return hook(state, bucket)
+        # DDP itself multiplies by 1/W; div_ would differ in the last bit for W = 3.
+        buffer = bucket.buffer().mul_(1.0 / self.workers)
+        work = dist.all_reduce(buffer, group=self.group, async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
+
+    @torch.no_grad()
+    def measured_average(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """`average`, with the half's sum measured before it and the average after it."""
+        self._averaged = True  # not in a pass under no_sync()
+        # Buckets are rebuilt after the first step: go by parameter, not by position.
+        params = bucket.parameters()
+        start = bucket.buffer().storage_offset()
+        views = [(g.size(), g.stride(), g.storage_offset() - start) for g in bucket.gradients()]
+
+        @torch.no_grad()
+        def measure(norms: ModuleNorms, future: torch.futures.Future) -> torch.Tensor:
+            flat = future.value()
+            flat = flat[0] if isinstance(flat, (list, tuple)) else flat
+            offset = flat.storage_offset()
+            norms.add(params, [flat.as_strided(s, t, offset + o) for s, t, o in views])
+            return flat
+
+        self.measure_half(bucket, measure)
+        return self.average(bucket).then(functools.partial(measure, self._mean))
+
+    def measure_half(self, bucket: dist.GradBucket, measure: Callable) -> None:
+        """Measure the sum of this half's gradients on its first worker; `measure` does so for what
+        a future holds, a copy of the bucket."""
+        params = bucket.parameters()
         if len(self.half) == 1:
-            return super().measure_units(bucket, measure)
+            self._half.add(params, bucket.gradients())
+            return
         copy = bucket.buffer().clone()
         work = dist.reduce(copy, self.half[0], group=self.half_group, async_op=True)
         assert work is not None  # it is outside the group only
         root = dist.get_rank() == self.half[0]
 
-        def reduced(future: torch.futures.Future) -> None:
-            if root:
-                measure(self._unit, future)  # its result, the copy, is not to be kept
+        def reduced(future: torch.futures.Future) -> list[torch.Tensor]:
+            if not root:
+                return []
+            measure(self._half, future)
+            # On CUDA this runs on a stream of its own, and who waits for the future waits for what
+            # it returns. So not None; and not the copy, which would be kept.
+            return self._half.of(params)
 
         self._pending.append(work.get_future().then(reduced))
 
     def local(self) -> tuple[torch.Tensor, int]:
-        torch.futures.wait_all(self._pending)
+        for future in self._pending:
+            future.wait()
         mean_sq = self._mean.total(self.device)
         halves = mean_sq.new_zeros(2, len(mean_sq))
         # 0 but on the half's root.
-        halves[self.side] = self._unit.total(self.device) * self.workers / len(self.half) ** 2
+        halves[self.side] = self._half.total(self.device) * self.workers / len(self.half) ** 2
         return torch.cat([halves, mean_sq[None]]), int(self._averaged)
 
     def moments(self, rows: torch.Tensor, num_units: int) -> Moments:
         return split_moments(rows, self.share)
+
+
+def _comm_hook(tap: SplitBucketTap, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    return tap.measured_average(bucket) if tap.measuring else tap.average(bucket)
 
 
 class SplitMicroBatchTap(GradientTap):

@@ -1,19 +1,25 @@
 #!/usr/bin/env python
 """What AGVM costs in a step: time, collectives, bytes, memory, beside plain DDP and the official
-code's scheme, on a CPU over gloo.
+code's scheme, on a CPU over gloo or on GPUs over NCCL.
 
     python benchmarks/overhead.py --model r50 --workers 2 --rounds 5 --json overhead.json
+    python benchmarks/overhead.py --model r50 --device cuda --workers 1 2 4
 
 Variants run in turn, step by step, in rotating order, on the same images with the same random
 numbers; one thread per worker. A round is 10 steps of each; ratios are of a round to plain DDP's:
 median (lowest to highest). CPU time is the process's, less disturbed than wall time. "own code" is
-CPU time in the package's functions over the round's wall time, without the averaging of buckets,
-which takes DDP's place and stands beside it. Calls and bytes are of one worker (lowest to highest
-where workers differ). Peak memory is taken in jobs of their own.
+CPU time in the package's functions over the round's wall time, without the averaging of buckets by
+`split`, which takes DDP's place and stands beside it. Calls and bytes are of one worker (lowest to
+highest where workers differ). Peak memory is taken in jobs of their own.
+
+On a GPU a worker has a GPU and two images of 800 pixels, and memory is what torch has reserved. CPU
+time is left out there, since a thread that waits for the GPU spends it. A single worker, on either
+device, compares two micro-batches, and has no halves of workers to compare.
 """
 
 from __future__ import annotations
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -28,8 +34,8 @@ from collections.abc import Callable
 from pathlib import Path
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from detectron2.config import get_cfg
-from detectron2.engine import launch
 from detectron2.model_zoo import get_config_file
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -37,9 +43,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
-from agvm_d2 import AGVM, AGVMHook, add_agvm_config, moments, split_param_groups
+from agvm_d2 import AGVM, AGVMHook, add_agvm_config, split, split_param_groups
 from agvm_d2.modules import assign_modules
-from agvm_d2.moments import BucketTap
+from agvm_d2.moments import TensorTap
 from agvm_d2.split import SplitBucketTap
 from agvm_d2.variance import lr_ratio
 
@@ -54,6 +60,16 @@ VARIANTS = (
 ROUND = 10  # steps, so that each round has one measurement of interval 10
 
 
+def variants() -> list[str]:
+    """Those that this number of workers can run."""
+    alone = dist.get_world_size() == 1
+    return [v for v in VARIANTS if not (alone and v.startswith(("split", "official")))]
+
+
+def on_cuda() -> bool:
+    return dist.get_backend() == "nccl"
+
+
 def make_model(name: str) -> tuple[torch.nn.Module, int]:
     """The model and the side of its images."""
     cfg = get_cfg()
@@ -65,9 +81,10 @@ def make_model(name: str) -> tuple[torch.nn.Module, int]:
         cfg.merge_from_file(
             str(CONFIGS / "Digits-Detection/faster_rcnn_thin_R_50_FPN_bs64_agvm.yaml")
         )
-    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cuda" if on_cuda() else "cpu", ""
     torch.manual_seed(0)
-    return build_model(cfg).train(), 320 if name == "r50" else 96
+    side = 96 if name == "demo" else 800 if on_cuda() else 320
+    return build_model(cfg).train(), side
 
 
 def make_image(side: int, seed: int) -> dict:
@@ -146,16 +163,17 @@ class OwnTime:
 
     def install(self) -> OwnTime:
         """From here on in this process; jobs are built after it."""
-        self._wrap(moments, "_comm_hook")
+        self._wrap(split, "_comm_hook")
         for owner, names in (
             (AGVM, "begin backward_done end _before_optimizer_step _after_optimizer_step"),
             (AGVMHook, "before_step after_backward after_step"),
+            (TensorTap, "_check _add _averaged"),
             (Official, "after_backward"),
         ):
             for name in names.split():
                 self._wrap(owner, name)
         # What measures an averaged bucket, or a half's, runs later, when a future calls back.
-        average = self.timed(BucketTap.average, "averaging")
+        average = self.timed(SplitBucketTap.average, "averaging")
 
         def timed_average(tap, bucket):
             future = average(tap, bucket)
@@ -163,9 +181,9 @@ class OwnTime:
                 return future  # DDP's own
             return _Then(lambda measure: future.then(self.timed(measure)))
 
-        measure_units = SplitBucketTap.measure_units
-        BucketTap.average = timed_average
-        SplitBucketTap.measure_units = lambda tap, bucket, measure: measure_units(
+        measure_half = SplitBucketTap.measure_half
+        SplitBucketTap.average = timed_average
+        SplitBucketTap.measure_half = lambda tap, bucket, measure: measure_half(
             tap, bucket, self.timed(measure)
         )
         return self
@@ -201,6 +219,9 @@ class Job:
     def __init__(self, variant: str, model_name: str):
         self.model, self.side = make_model(model_name)
         self.variant = variant
+        # A worker alone has its images in micro-batches, in all variants.
+        self.passes = 2 if dist.get_world_size() == 1 else 1
+        self.images = 2 if on_cuda() else self.passes
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=1e-7, momentum=0.9, foreach=True
         )
@@ -216,7 +237,8 @@ class Job:
                 self.optimizer,
                 interval=int(variant.split()[-1]),
                 estimator="split" if variant.startswith("split") else "pairwise",
-                batch_size=dist.get_world_size(),
+                micro_batches=self.passes,
+                batch_size=dist.get_world_size() * self.images,
                 log_period=10**9,
             )
             self.hook.before_train()
@@ -224,25 +246,39 @@ class Job:
 
     def step(self, seed: int) -> tuple[float, float]:
         """Wall and CPU seconds of one step of all workers."""
-        data = [make_image(self.side, 1000 * seed + dist.get_rank())]
+        first = 1000 * seed + dist.get_rank() * self.images
+        data = [make_image(self.side, first + i) for i in range(self.images)]
         torch.manual_seed(seed)
-        dist.barrier()
+        settle()
         start, cpu = time.perf_counter(), time.process_time()
         with EventStorage(self.iteration):
             if self.hook:
                 self.hook.before_step()
-            loss = sum(self.ddp(data).values())
-            self.optimizer.zero_grad()
-            loss.backward()
+            for i in range(self.passes):
+                last = i == self.passes - 1
+                with contextlib.nullcontext() if last else self.ddp.no_sync():
+                    loss = sum(self.ddp(data[i :: self.passes]).values()) / self.passes
+                    if i == 0:
+                        self.optimizer.zero_grad()
+                    loss.backward()
+                if self.hook and self.passes > 1:
+                    self.hook.after_micro_batch(1 / self.passes)
             for listener in (self.hook, self.ddp):
                 if isinstance(listener, (AGVMHook, Official)):
                     listener.after_backward()
             self.optimizer.step()
             if self.hook:
                 self.hook.after_step()
-        dist.barrier()
+        settle()
         self.iteration += 1
         return time.perf_counter() - start, time.process_time() - cpu
+
+
+def settle() -> None:
+    """All workers, and their GPUs, are here."""
+    if on_cuda():
+        torch.cuda.synchronize()
+    dist.barrier()
 
 
 def count_collectives(function: Callable[[], object]) -> tuple[int, int]:
@@ -279,9 +315,9 @@ def averaging_hook(state, bucket):
 def collectives(model_name: str) -> dict:
     """{variant: {step: [(calls, bytes) of each worker]}}"""
     found = {}
-    for variant in VARIANTS:
+    for variant in variants():
         job = Job(variant, model_name)
-        if variant == "plain":
+        if not variant.startswith(("split", "official")):
             job.ddp.register_comm_hook(None, averaging_hook)
         job.step(0)  # after it DDP rebuilds its buckets
         job.iteration = 0
@@ -295,12 +331,12 @@ def collectives(model_name: str) -> dict:
 def times(model_name: str, rounds: int) -> dict:
     """{figure: {variant: [one value per round]}}"""
     clock = OwnTime().install()
-    jobs = [Job(variant, model_name) for variant in VARIANTS]
+    jobs = [Job(variant, model_name) for variant in variants()]
     for i in range(2):
         for job in jobs:
             job.step(i)
     figures = ("wall", "cpu", "own", "averaging")
-    found = {figure: {v: [0.0] * rounds for v in VARIANTS} for figure in figures}
+    found = {figure: {job.variant: [0.0] * rounds for job in jobs} for figure in figures}
     for round_ in range(rounds):
         for job in jobs:
             job.iteration = 0  # a round starts with a measurement
@@ -314,9 +350,33 @@ def times(model_name: str, rounds: int) -> dict:
     return found
 
 
-def work(task: str, model_name: str, rounds: int, variant: str, path: str) -> None:
-    """In a worker."""
+def peak_memory() -> int:
+    """Bytes, of this process or of its GPU."""
+    if on_cuda():
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def work(
+    rank: int,
+    workers: int,
+    device: str,
+    folder: str,
+    task: str,
+    model_name: str,
+    rounds: int,
+    variant: str,
+) -> None:
+    """In a worker; the first writes the result to `folder`."""
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=workers,
+    )
     if task == "times":
         result = times(model_name, rounds)
     elif task == "collectives":
@@ -325,18 +385,26 @@ def work(task: str, model_name: str, rounds: int, variant: str, path: str) -> No
         job = Job(variant, model_name)
         for i in range(4):
             job.step(i)
-        result = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if dist.get_rank() == 0:
-        with open(path, "w") as f:
+        result = peak_memory()
+    if rank == 0:
+        with open(os.path.join(folder, "result.json"), "w") as f:
             json.dump(result, f)
+    dist.destroy_process_group()
 
 
-def run(task: str, workers: int, model_name: str, rounds: int = 0, variant: str = ""):
+def run(
+    task: str,
+    workers: int,
+    model_name: str,
+    rounds: int = 0,
+    variant: str = "",
+    device: str = "cpu",
+):
+    """What `task` (times, collectives, memory) finds in processes of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "result.json")
-        args = (task, model_name, rounds, variant, path)
-        launch(work, workers, dist_url="auto", args=args)
-        with open(path) as f:
+        args = workers, device, folder, task, model_name, rounds, variant
+        mp.spawn(work, args, nprocs=workers)
+        with open(os.path.join(folder, "result.json")) as f:
             return json.load(f)
 
 
@@ -357,18 +425,24 @@ def main() -> None:
     parser.add_argument("--model", choices=["r50", "demo"], default="r50")
     parser.add_argument("--workers", type=int, nargs="+", default=[2])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
+    gpus = torch.cuda.device_count()
+    if args.device == "cuda" and gpus < max(args.workers):
+        parser.error(f"--device cuda: {max(args.workers)} workers need as many GPUs; found {gpus}.")
+    measure = functools.partial(run, model_name=args.model, device=args.device)
+    cpus = f"{os.cpu_count()} CPU cores, {platform.machine()}"
     report = {
         "model": args.model,
         "torch": torch.__version__,
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "machine": torch.cuda.get_device_name() if args.device == "cuda" else cpus,
         "runs": {},
     }
     for workers in args.workers:
-        timed = run("times", workers, args.model, args.rounds)
-        counted = run("collectives", workers, args.model)
-        memory = {v: run("memory", workers, args.model, variant=v) for v in VARIANTS}
+        timed = measure("times", workers, rounds=args.rounds)
+        counted = measure("collectives", workers)
+        memory = {v: measure("memory", workers, variant=v) for v in counted}
         report["runs"][workers] = {**timed, "collectives": counted, "peak_memory": memory}
         print(f"\n{args.model}, {workers} workers, {args.rounds} rounds of {ROUND} steps:\n")
         print(
@@ -376,7 +450,7 @@ def main() -> None:
             "| measured step: calls, MB | other: calls, MB | peak memory, MB more |\n"
             "|---|---|---|---|---|---|---|---|---|"
         )
-        for v in VARIANTS:
+        for v in counted:
             wall = timed["wall"][v]
             ratios = [
                 spread([a / b for a, b in zip(timed[c][v], timed[c]["plain"], strict=True)], ".3f")
@@ -386,6 +460,8 @@ def main() -> None:
                 spread([100 * a / b for a, b in zip(timed[c][v], wall, strict=True)], ".2f")
                 for c in ("own", "averaging")
             ]
+            if args.device == "cuda":
+                ratios[1], shares = "–", ["–", "–"]
             # Of all workers.
             steps = [zip(*counted[v][kind], strict=True) for kind in ("measured", "other")]
             calls = [

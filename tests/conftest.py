@@ -43,9 +43,9 @@ def digits(tmp_path_factory):
 
 
 class Workers:
-    """`num` gloo processes, kept for the session: importing torch takes longer than most tests."""
+    """`num` processes, kept for the session: importing torch takes longer than most tests."""
 
-    def __init__(self, num: int):
+    def __init__(self, num: int, backend: str):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -53,7 +53,7 @@ class Workers:
         self.tasks = [context.SimpleQueue() for _ in range(num)]
         self.results = context.Queue()
         self.processes = [
-            context.Process(target=_work, args=(i, num, port, self.tasks[i], self.results))
+            context.Process(target=_work, args=(i, num, backend, port, self.tasks[i], self.results))
             for i in range(num)
         ]
         for process in self.processes:
@@ -82,12 +82,14 @@ class Workers:
             process.join()
 
 
-def _work(rank: int, num: int, port: int, tasks, results) -> None:
+def _work(rank: int, num: int, backend: str, port: int, tasks, results) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     from detectron2.utils import comm
 
     dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num
+        backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num
     )
     comm.create_local_process_group(num)
     while True:
@@ -100,13 +102,14 @@ def _work(rank: int, num: int, port: int, tasks, results) -> None:
 
 @pytest.fixture(scope="session")
 def workers():
-    """`workers(n).run(function, *args)` on n gloo processes."""
-    pools: dict[int, Workers] = {}
+    """`workers(n).run(function, *args)` on n processes over gloo, or over NCCL with a GPU each."""
+    pools: dict[tuple[int, str], Workers] = {}
 
-    def get(num: int) -> Workers:
-        if num not in pools or not all(p.is_alive() for p in pools[num].processes):
-            pools[num] = Workers(num)
-        return pools[num]
+    def get(num: int, backend: str = "gloo") -> Workers:
+        key = num, backend
+        if key not in pools or not all(p.is_alive() for p in pools[key].processes):
+            pools[key] = Workers(num, backend)
+        return pools[key]
 
     yield get
     for pool in pools.values():

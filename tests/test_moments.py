@@ -8,11 +8,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from toy import ToyDetector, batch, ddp_moments, loss, parameter_names, same_bits, vectors
 
 from agvm_d2.agvm import build_tap
 from agvm_d2.modules import assign_modules
-from agvm_d2.moments import BucketTap, TensorTap
+from agvm_d2.moments import TensorTap
 from agvm_d2.precondition import preconditioner
 from agvm_d2.split import SplitBucketTap
 from agvm_d2.variance import pairwise_variance
@@ -159,10 +160,6 @@ def test_adam_without_a_state_yet_measures_nothing():
 # Workers
 
 
-def _bucket_tap(ddp, modules):
-    return BucketTap(ddp, modules)
-
-
 def _build_tap(ddp, modules):
     return build_tap(ddp, modules)
 
@@ -172,12 +169,12 @@ def _taken_slot(ddp, modules):
     return build_tap(ddp, modules)
 
 
-@pytest.mark.parametrize("make_tap", [_bucket_tap, _taken_slot])
+@pytest.mark.parametrize("make_tap", [_build_tap, _taken_slot])
 def test_the_bits_do_not_depend_on_the_buckets(workers, make_tap):
     """A resumed run may lay them out differently."""
     units = [batch(4, seed=rank) for rank in range(2)]
     found = [
-        workers(2).run(functools.partial(ddp_moments, bucket_cap_mb=size), make_tap, units)[0][0]
+        workers(2).run(functools.partial(ddp_moments, bucket_cap_mb=size), make_tap, units)[0]
         for size in (0.0005, 0.003, 25)
     ]
     assert same_bits(found)
@@ -196,33 +193,28 @@ def test_the_bits_do_not_depend_on_the_buckets(workers, make_tap):
 )
 def test_workers_equal_reference_with_the_same_bits(workers, num, options):
     units = [batch(4, seed=rank) for rank in range(num)]
-    results = workers(num).run(functools.partial(ddp_moments, **options), _bucket_tap, units)
-    moments = [m for m, _ in results]
+    moments = workers(num).run(functools.partial(ddp_moments, **options), _build_tap, units)
     assert same_bits(moments)
     assert moments[0].num_units == num
     assert_equal(moments[0], expected(ToyDetector(width=32), units))
 
 
-@pytest.mark.parametrize(
-    "make, kind", [(_build_tap, "BucketTap"), (_taken_slot, "TensorTap")], ids=["free", "taken"]
-)
-def test_a_taken_hook_slot_falls_back_to_tensor_hooks(workers, make, kind):
+def test_a_communication_hook_of_the_projects_own_is_no_hindrance(workers):
     units = [batch(4, seed=rank) for rank in range(2)]
+    results = workers(2).run(ddp_moments, _taken_slot, units)
+    assert same_bits(results)
+    assert_equal(results[0], expected(ToyDetector(width=32), units))
+
+
+def _compressed(make_tap, ddp, modules):
+    return make_tap(ddp, modules, inner=(None, default_hooks.fp16_compress_hook))
+
+
+@pytest.mark.parametrize("make_tap", [build_tap, SplitBucketTap])
+def test_half_precision_compression_composes(workers, make_tap):
+    units = [batch(4, seed=rank) for rank in range(2)]
+    make = functools.partial(_compressed, make_tap)
     results = workers(2).run(ddp_moments, make, units)
-    assert [k for _, k in results] == [kind, kind]
-    assert same_bits([m for m, _ in results])
-    assert_equal(results[0][0], expected(ToyDetector(width=32), units))
-
-
-def _compressed(tap_class, ddp, modules):
-    return tap_class(ddp, modules, inner=(None, default_hooks.fp16_compress_hook))
-
-
-@pytest.mark.parametrize("tap_class", [BucketTap, SplitBucketTap])
-def test_half_precision_compression_composes(workers, tap_class):
-    units = [batch(4, seed=rank) for rank in range(2)]
-    make = functools.partial(_compressed, tap_class)
-    results = [m for m, _ in workers(2).run(ddp_moments, make, units)]
     assert same_bits(results)
     # S1 is of the float32 gradients, S2 of what was averaged in float16.
     wanted = expected(ToyDetector(width=32), units)
@@ -241,7 +233,7 @@ def _adam(units, scaled):
     model = ToyDetector(width=32)
     ddp = DistributedDataParallel(model, bucket_cap_mb=0.002)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3)
-    tap = BucketTap(ddp, assign_modules(model), preconditioner(optimizer))
+    tap = build_tap(ddp, assign_modules(model), optimizer=optimizer)
     for seed in range(3):
         optimizer.zero_grad()
         loss(ddp, batch(4, seed=50 + seed)).backward()  # the same on all workers
@@ -279,7 +271,7 @@ def test_adam_under_ddp(workers, scaled):
 def _shared_and_frozen(units):
     model = shared_and_frozen()
     ddp = DistributedDataParallel(model, bucket_cap_mb=0.002)
-    tap = BucketTap(ddp, assign_modules(model))
+    tap = build_tap(ddp, assign_modules(model))
     tap.start()
     loss(ddp, units[dist.get_rank()]).backward()
     return tap.collect()
@@ -331,7 +323,8 @@ def _count_collectives(interval):
     """In a worker: (name, bytes) of every collective call by step, measured or not."""
     model = ToyDetector(width=32)
     ddp = DistributedDataParallel(model, bucket_cap_mb=0.002)
-    tap = BucketTap(ddp, assign_modules(model)) if interval else None
+    ddp.register_comm_hook(None, default_hooks.allreduce_hook)  # DDP's own calls are not seen
+    tap = build_tap(ddp, assign_modules(model)) if interval else None
     calls: list = []
     originals = {}
     for name in ("all_reduce", "all_gather", "broadcast", "reduce", "reduce_scatter", "barrier"):
@@ -379,7 +372,7 @@ def test_a_measurement_costs_one_small_all_reduce_and_other_steps_none(workers):
 def _gradients(tapped, measured):
     model = ToyDetector(width=32)
     ddp = DistributedDataParallel(model, bucket_cap_mb=0.002)
-    tap = BucketTap(ddp, assign_modules(model)) if tapped else None
+    tap = build_tap(ddp, assign_modules(model)) if tapped else None
     for step in range(3):
         if measured:
             tap.start()
@@ -400,7 +393,7 @@ def _one_sided(case):
     """In a worker: rank 1's box head gets no gradient, or a NaN."""
     model = ToyDetector(width=32)
     ddp = DistributedDataParallel(model, bucket_cap_mb=0.002, find_unused_parameters=True)
-    tap = BucketTap(ddp, assign_modules(model))
+    tap = build_tap(ddp, assign_modules(model))
     for _ in range(2):
         tap.start()
         ddp.zero_grad()
@@ -475,6 +468,72 @@ def _accumulated_without_the_trainer(units):
         (loss(ddp, mine[:2]) / 2).backward()
     (loss(ddp, mine[2:]) / 2).backward()
     return tap.collect()
+
+
+def _without_communication():
+    ddp = DistributedDataParallel(ToyDetector(width=32), bucket_cap_mb=0.002)
+    tap = build_tap(ddp, assign_modules(ddp))
+    tap.start()
+    with ddp.no_sync():
+        loss(ddp, batch(4, seed=dist.get_rank())).backward()
+    tap.average_done()
+    return tap.collect()
+
+
+def test_a_gradient_that_was_not_averaged_is_not_measured(workers):
+    """A project that accumulates over iterations: this one's gradient is this worker's alone."""
+    assert workers(2).run(_without_communication) == [None, None]
+
+
+def _reentrant(units):
+    ddp = DistributedDataParallel(SharedHead(), bucket_cap_mb=0.0002, static_graph=True)
+    tap = build_tap(
+        ddp, {"body": [*ddp.module.body.parameters()], "head": [*ddp.module.head.parameters()]}
+    )
+    for _ in range(3):
+        tap.start()
+        ddp.zero_grad()
+        ddp(units[dist.get_rank()]).backward()
+        moments = tap.collect()
+    return moments
+
+
+class SharedHead(nn.Module):
+    """Its head is used on two levels, under reentrant checkpointing."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 1)
+
+    def forward(self, x, checkpointed=True):
+        run = functools.partial(checkpoint, self.head, use_reentrant=True)
+        head = run if checkpointed else self.head
+        x = self.body(x)
+        return (head(x.tanh()) + head(x.sin())).square().mean()
+
+
+def test_reentrant_checkpointing_under_ddp(workers):
+    g = torch.Generator().manual_seed(0)
+    units = [torch.randn(4, 6, generator=g) for _ in range(2)]
+    results = workers(2).run(_reentrant, units)
+    assert same_bits(results)
+    gradients = reference.unit_gradients(SharedHead(), lambda net, x: net(x, False), units)
+    for i, module in enumerate(("body", "head")):
+        names = [f"{module}.weight", f"{module}.bias"]
+        s1, s2 = reference.moments(reference.flatten(gradients, names))
+        assert float(results[0].unit_sq[i]) == pytest.approx(s1, rel=1e-5)
+        assert float(results[0].mean_sq[i]) == pytest.approx(s2, rel=1e-5)
+
+
+def _slot_is_free():
+    ddp = DistributedDataParallel(ToyDetector())
+    build_tap(ddp, assign_modules(ddp))
+    ddp.register_comm_hook(ddp.process_group, default_hooks.allreduce_hook)
+
+
+def test_ddp_is_left_as_it_is(workers):
+    workers(2).run(_slot_is_free)
 
 
 def test_no_sync_accumulation_of_another_loop_is_one_unit_a_worker(workers):

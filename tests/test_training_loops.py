@@ -232,6 +232,16 @@ def test_a_loop_without_the_micro_batches_it_was_set_up_for_fails_in_its_first_i
         optimizer.step()
 
 
+def test_the_capture_of_a_cuda_graph_is_refused(monkeypatch):
+    agvm, _ = make(ToyDetector())
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+        agvm.begin(0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    agvm.begin(0)
+
+
 def test_the_first_iteration_is_tried_and_thrown_away():
     model, plain = ToyDetector(), ToyDetector()
     agvm, optimizer = make(model, start_iter=2)

@@ -81,10 +81,11 @@ def factors(model, units, old=None, momentum=0.5, ratio_range=(0.5, 10.0), loss_
     )
 
 
-def ddp_moments(make_tap, units, steps: int = 3, **options):
+def ddp_moments(make_tap, units, steps: int = 3, device: str = "cpu", **options):
     """In a worker, whose unit is the one of its rank: a few measured steps, of which the first
-    rebuilds the buckets; the last one's moments, and the tap's class."""
-    ddp = DistributedDataParallel(ToyDetector(width=32), **{"bucket_cap_mb": 0.002, **options})
+    rebuilds the buckets; the last one's moments."""
+    model = ToyDetector(width=32).to(device)
+    ddp = DistributedDataParallel(model, **{"bucket_cap_mb": 0.002, **options})
     tap = make_tap(ddp, assign_modules(ddp))
     for _ in range(steps):
         tap.start()
@@ -92,7 +93,7 @@ def ddp_moments(make_tap, units, steps: int = 3, **options):
         loss(ddp, units[dist.get_rank()]).backward()
         tap.average_done()
         moments = tap.collect()
-    return moments, type(tap).__name__
+    return moments
 
 
 def same_bits(moments) -> bool:

@@ -112,6 +112,14 @@ def _finite(tensors: list[torch.Tensor]) -> bool:
     return bool(finite)
 
 
+def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    try:  # few kernels on CUDA; not public, so with the public form beside it
+        torch._foreach_copy_(targets, sources)
+    except (AttributeError, RuntimeError):
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+
 class SkipLimit:
     """Counts skipped steps, and ends a run that no longer trains."""
 
@@ -164,14 +172,12 @@ def skip_nonfinite_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
         params = [p for group in optimizer.param_groups for p in group["params"]]
         grads = [p.grad for p in params if p.grad is not None]
         if not grads or _finite(grads):
-            for kept, buffer in zip(good, model.buffers(), strict=True):
-                kept.copy_(buffer)
+            _copy(good, [*model.buffers()])
             limit.step(skipped=False)
             return
         for param in params:
             param.grad = None  # then there is nothing to step by
-        for kept, buffer in zip(good, model.buffers(), strict=True):
-            buffer.copy_(kept)
+        _copy([*model.buffers()], good)
         limit.step(skipped=True)
 
     optimizer.register_step_pre_hook(skip_if_nonfinite)

@@ -62,3 +62,18 @@ def test_nested_time_is_counted_once(monkeypatch):
     clock.timed(lambda: (inner(), averaging()))()  # 10 s, 3 of them in `inner`, 4 averaging
     assert clock.take() == (6.0, 4.0)
     assert clock.take() == (0.0, 0.0)
+
+
+def test_a_worker_alone_compares_micro_batches():
+    found = overhead.run("collectives", 1, "demo")
+    assert [*found] == ["plain", "agvm interval 10", "agvm interval 1"]
+    plain = found["plain"]["other"]
+    assert all(kinds == {"measured": plain, "other": plain} for kinds in found.values())
+
+
+def test_cuda_needs_a_gpu_for_each_worker(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["overhead.py", "--device", "cuda", "--workers", "2"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SystemExit):
+        overhead.main()
+    assert "2 workers need as many GPUs; found 1" in capsys.readouterr().err

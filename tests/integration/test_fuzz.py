@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from agvm_d2.agvm import build_tap
 from agvm_d2.modulator import Modulator
-from agvm_d2.moments import BucketTap
 from agvm_d2.rules import variance_rule
 from agvm_d2.settings import Settings
 
@@ -75,7 +75,7 @@ def fuzz():
             names = [f"m{i}" for i in sorted(set(owners))]
             modules = {n: [p for p, o in zip(model.params, owners) if f"m{o}" == n] for n in names}
             ddp = DistributedDataParallel(model, bucket_cap_mb=0.02, find_unused_parameters=True)
-            tap = BucketTap(ddp, modules)
+            tap = build_tap(ddp, modules)
             rule = variance_rule(Settings(anchor="m0"), names, None)
             modulator = Modulator(names, rule, momentum=0.9)
         all_xs = [gradients_of(model, owners, step, r) for r in range(WORKERS)]

@@ -47,7 +47,7 @@ def test_two_workers_on_a_cpu(digits, tmp_path):
         "--config-file", DIGITS, "--num-gpus", 2, "--dist-url", "auto", *SHORT.split(),
         "SOLVER.MICRO_BATCH_SIZE", 0, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", tmp_path,
     )  # fmt: skip
-    assert "K = 2 workers x 1 micro-batches = 2 gradients" in out and "BucketTap" in out
+    assert "K = 2 workers x 1 micro-batches = 2 gradients" in out and "TensorTap" in out
     assert re.search(r"\|\s+AP\s+\|\s+AP50", out)
     assert any("agvm/lr_scale/rpn" in row for row in read(tmp_path / "metrics.json"))
 

@@ -3,6 +3,7 @@ import pytest
 import torch
 from detectron2.solver import build_optimizer as d2_build_optimizer
 from detectron2.utils.events import EventStorage
+from torch import nn
 from toy import ToyDetector, batch, loss
 from toy_d2 import toy_config
 
@@ -111,3 +112,33 @@ def test_a_skipped_step_leaves_weights_momentum_and_statistics(d2_log):
     said = [r.getMessage() for r in d2_log.records]
     assert [s.split(":")[0] for s in said] == ["Iteration 2", "Iteration 3"]
     assert "(1 so far)" in said[0] and "(2 so far)" in said[1]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_statistics_are_kept_bit_for_bit_also_where_torch_cannot_copy_them_at_once(
+    monkeypatch, fused
+):
+    if not fused:
+        monkeypatch.delattr(torch, "_foreach_copy_", raising=False)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))  # its number of batches is an int64
+    model.register_buffer("other", torch.randn(5).bfloat16())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    skip_nonfinite_steps(optimizer, model)
+    with EventStorage():
+        for image in (1.0, math.nan):
+            model(torch.full((4, 3), image)).sum().backward()
+            optimizer.step()
+            if image == 1.0:
+                good = {k: v.clone() for k, v in model.named_buffers()}
+                model.other.fill_(5)
+    assert all(torch.equal(good[k], v) for k, v in model.named_buffers())
+
+
+def test_a_model_without_buffers_skips_too():
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    skip_nonfinite_steps(optimizer, model)
+    with EventStorage():
+        model(torch.full((1, 2), math.nan)).sum().backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
