@@ -3,8 +3,8 @@ PyTorch loop.
 
 The algorithm, without Detectron2: gradients -> `norms` -> `moments` -> `variance` -> `rules` ->
 `modulator` -> learning rates, in that order around a loop by `agvm`; beside it `settings`,
-`modules`, `param_groups` and `split`, the paper's estimator. Detectron2's wing: `d2`, `solver`,
-`data`.
+`modules`, `param_groups`, `split`, the paper's estimator, and `shards` and `sharded`, for FSDP2.
+Detectron2's wing: `d2`, `solver`, `data`.
 """
 
 from __future__ import annotations
