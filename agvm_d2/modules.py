@@ -1,7 +1,14 @@
-"""Which module each parameter belongs to: ordered patterns, the first match wins."""
+"""Which module each parameter belongs to: ordered patterns, the first match wins.
+
+`python -m agvm_d2.modules --config-file CONFIG [KEY VALUE ...]` prints the modules of a config's
+model without training it.
+"""
 
 from __future__ import annotations
+import argparse
 import re
+import sys
+import warnings
 from collections.abc import Sequence
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -162,3 +169,61 @@ def assign_modules(
     if not modules:
         raise ValueError("The model has no trainable parameter.")
     return modules
+
+
+def module_table(model: nn.Module, modules: dict[str, list[nn.Parameter]]) -> str:
+    """Text, a line for each module: its parameters, their share of all in modules, and the names of
+    the first and the last. `modules` are those of `model` by `assign_modules`."""
+    name_of = {p: name for name, p in named_parameters(model)}
+    sizes = {module: sum(p.numel() for p in params) for module, params in modules.items()}
+    rows = [("module", "parameters", "%", "first parameter", "last parameter")]
+    for module, params in modules.items():
+        share = f"{100 * sizes[module] / sum(sizes.values()):.1f}"
+        rows.append((module, f"{sizes[module]:,}", share, name_of[params[0]], name_of[params[-1]]))
+    name, number, percent, first, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return "\n".join(
+        f"{a:{name}}  {b:>{number}}  {c:>{percent}}  {d:{first}}  {e}" for a, b, c, d, e in rows
+    )
+
+
+# The package imports this file, about which `python -m` would warn.
+warnings.filterwarnings("ignore", message="'agvm_d2.modules' found", category=RuntimeWarning)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description="Print the modules of a config's model, without training it."
+    )
+    parser.add_argument("--config-file", required=True, help="a YAML config or a LazyConfig (.py)")
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE[:FUNCTION]",
+        help="import a project's code first, and let FUNCTION(cfg) add its config keys; repeatable",
+    )
+    parser.add_argument(
+        "--allow-unsafe-yaml", action="store_true", help="let !!python tags in the file run code"
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, help="KEY VALUE, of a LazyConfig KEY=VALUE"
+    )
+    args = parser.parse_args(argv)
+    from .d2.skeleton import model_of
+
+    try:
+        model, patterns = model_of(
+            args.config_file, args.opts, args.imports, args.allow_unsafe_yaml
+        )
+        modules = assign_modules(model, patterns)
+    except (ValueError, OSError) as error:
+        sys.exit(f"agvm_d2.modules: error: {error}")
+    print(module_table(model, modules))
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    if frozen:
+        print(f"({sum(p.numel() for p in frozen):,} parameters are frozen and in no module)")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,7 @@ from detectron2.modeling import MViT, build_model
 from torch import nn
 from toy import ToyDetector, parameter_names
 
-from agvm_d2.modules import assign_modules
+from agvm_d2.modules import assign_modules, module_table
 
 NAMES = os.path.join(os.path.dirname(__file__), "fixtures", "modules")
 
@@ -323,3 +323,15 @@ def test_a_frozen_model_is_an_error():
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameter"):
         assign_modules(model)
+
+
+def test_the_table():
+    model = ToyDetector()
+    # 6 x 8 + 8 and 8 x 8 + 8; 8 x 8 + 8; 8 + 1 twice: 218 in all.
+    assert module_table(model, assign_modules(model)).splitlines() == [
+        "module    parameters     %  first parameter               last parameter",
+        "backbone         128  58.7  backbone.bottom_up.0.weight   backbone.bottom_up.2.bias",
+        "fpn               72  33.0  backbone.fpn_lateral2.weight  backbone.fpn_lateral2.bias",
+        "rpn                9   4.1  proposal_generator.weight     proposal_generator.bias",
+        "box_head           9   4.1  roi_heads.box_head.weight     roi_heads.box_head.bias",
+    ]
