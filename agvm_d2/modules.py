@@ -82,17 +82,21 @@ def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(WRAPPERS.sub("", name), p) for name, p in unwrap(model).named_parameters()]
 
 
-def wrapper_of(names: Sequence[str]) -> str:
-    """What all names begin with, as far as it holds nothing but one child: "detr." for
-    `detr.backbone.weight`, `detr.neck.weight`. Not beyond where `KNOWN` begins."""
+def wrapper_of(trainable: Sequence[str], names: Sequence[str]) -> str:
+    """What the names of all trainable parameters begin with, as far as it holds nothing but one
+    child: "detr." for `detr.backbone.weight`, `detr.neck.weight`. Not beyond where a name, also a
+    frozen parameter's, is `KNOWN`."""
     prefix = ""
-    while names:
-        inner = [n[len(prefix) :] for n in names]
-        child = inner[0].split(".")[0] + "."
-        if any(map(KNOWN.match, inner)) or not all(n.startswith(child) for n in inner):
+    while trainable and not is_known(names, prefix):
+        child = trainable[0][len(prefix) :].split(".")[0]
+        if not all(n.startswith(f"{prefix}{child}.") for n in trainable):
             break
-        prefix += child
+        prefix += child + "."
     return prefix
+
+
+def is_known(names: Sequence[str], prefix: str) -> bool:
+    return any(KNOWN.match(n[len(prefix) :]) for n in names if n.startswith(prefix))
 
 
 def children_patterns(names: Sequence[str], prefix: str = "") -> ModulePatterns:
@@ -109,18 +113,18 @@ def children_patterns(names: Sequence[str], prefix: str = "") -> ModulePatterns:
 def patterns_for(model: nn.Module) -> ModulePatterns:
     """`DEFAULT_PATTERNS`, or, where the architecture is not `KNOWN`, `children_patterns`.
 
-    Where all trainable parameters are below a wrapper, such as a student whose teacher is not
-    trained, what is inside counts, and its other children are modules, too.
+    Both where what is known is frozen, or inside a wrapper, such as a student whose teacher is
+    frozen: then what no default pattern fits is a module by its child's name.
     """
     names = [n for n, _ in named_parameters(model)]
     trainable = [n for n, p in named_parameters(model) if p.requires_grad]
-    prefix = wrapper_of(trainable)
-    if not any(KNOWN.match(n[len(prefix) :]) for n in trainable):
+    prefix = wrapper_of(trainable, names)
+    if not is_known(names, prefix):
         return children_patterns(trainable, prefix)
     patterns = list(DEFAULT_PATTERNS)
     if not any(n.startswith(f"{prefix}roi_heads.") for n in names):
         patterns.insert([module for module, _ in patterns].index("rpn"), ONE_STAGE_HEAD)
-    if not prefix:
+    if not prefix and is_known(trainable, prefix):
         return patterns
     inside = [(module, f"{re.escape(prefix)}({regex})") for module, regex in patterns[:-1]]
     return [*inside, *children_patterns(trainable, prefix)]

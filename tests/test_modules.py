@@ -136,6 +136,7 @@ def test_architectures_of_other_projects(name):
     modules = assign_modules(skeleton(os.path.join(NAMES, f"{name}.txt")))
     sizes = {module: sum(p.numel() for p in params) for module, params in modules.items()}
     assert sizes.pop("backbone") > 0
+    assert min(sizes.values()) > 10_000  # a tiny one is part of what it serves
     words = ARCHITECTURES[name].split()
     assert sizes == dict(zip(words[::2], map(int, words[1::2])))
 
@@ -273,6 +274,16 @@ def test_what_is_known_below_a_wrapper_and_what_else_is_there():
         },
         "extra": ["student.extra.weight", "student.extra.bias"],
     }
+
+
+def test_a_frozen_backbone_says_what_the_others_are():
+    model = skeleton(os.path.join(NAMES, "detrex_dino.txt"))
+    model.adapter = nn.Linear(1, 1)
+    model.backbone.requires_grad_(False)
+    assert set(assign_modules(model)) == {"neck", "head", "encoder", "decoder", "adapter"}
+    for child in (model.neck, model.label_enc, model.adapter):
+        child.requires_grad_(False)
+    assert set(assign_modules(model)) == {"head", "encoder", "decoder"}
 
 
 def test_a_single_head_is_where_others_propose():
