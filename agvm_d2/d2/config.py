@@ -51,16 +51,17 @@ def naming_the_key(error: Exception) -> ValueError:
     return ValueError(f"{key}: found {value} of type {found}, but it must be {wanted}.")
 
 
-def read_config(path: str, opts: list, allow_unsafe: bool = False) -> CN:
+def read_config(path: str, opts: list, allow_unsafe: bool = False, cfg: CN | None = None) -> CN:
     """Detectron2's config with this package's keys, the file and then `opts`, KEY VALUE pairs.
 
     Args:
         allow_unsafe: let the file's !!python tags run code, as Detectron2 does.
+        cfg: a config with a project's keys instead of Detectron2's; it is changed.
 
     Raises:
         ValueError, KeyError, OSError: names the file or key.
     """
-    cfg = get_cfg()
+    cfg = get_cfg() if cfg is None else cfg
     add_agvm_config(cfg)
     check_yaml(path, allow_unsafe)
     flags = [key for key in opts[::2] if key.startswith("--")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 import dataclasses
 import logging
+from textwrap import indent
 from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
@@ -13,6 +14,7 @@ from torch import nn
 
 from ..agvm import AGVM
 from ..modulator import Modulator
+from ..modules import module_table
 from ..moments import CommHook
 from ..settings import Settings
 from .gain_schedule import GainSchedule
@@ -90,12 +92,8 @@ class AGVMHook(HookBase):
     def before_train(self) -> None:
         agvm, settings = self.agvm, self.agvm.settings
         self._schedule = None
-        sizes = ", ".join(
-            f"{name} {sum(p.numel() for p in params):,}" for name, params in agvm.modules.items()
-        )
-        logger.info(
-            f"AGVM ({settings.mode}, rule {settings.rule}): parameters of each module: {sizes}"
-        )
+        table = indent(module_table(agvm.model, agvm.modules), "  ")
+        logger.info(f"AGVM ({settings.mode}, rule {settings.rule}): modules\n{table}")
         if not agvm.attach():
             return
         self._warn_of_no_effect()

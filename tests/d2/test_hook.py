@@ -15,6 +15,7 @@ from toy import MODULES, ToyDetector, batch, factors, loss
 from toy_d2 import toy_config
 
 from agvm_d2 import AGVMHook, split_param_groups
+from agvm_d2.modules import assign_modules, module_table
 
 
 def sgd(model, lr=0.1, **kwargs):
@@ -244,3 +245,12 @@ def test_a_loop_without_a_trainer_follows_progress_itself():
             step(hook, model, hook.agvm.optimizer, storage.iter)
             storage.step()
     assert storage.iter < 3 <= hook.agvm.progress
+
+
+def test_the_log_has_a_table_of_the_modules_in_one_record(d2_log):
+    model = ToyDetector()
+    make_hook(model, sgd(model))
+    records = [r.getMessage() for r in d2_log.records if "modules" in r.getMessage()]
+    (title, *table) = records[0].splitlines()
+    assert len(records) == 1 and title == "AGVM (modulate, rule variance): modules"
+    assert table == [f"  {row}" for row in module_table(model, assign_modules(model)).splitlines()]
