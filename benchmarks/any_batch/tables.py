@@ -108,6 +108,41 @@ def plan_against_runs(cells: Cells) -> str:
     return table(["pipeline", "batch", "LR", "plan", "took", "plan / took"], lines)
 
 
+def clocks(row: dict) -> dict[str, float]:
+    """Iterations that a run by the gain would have taken, by what counts as its progress, had its
+    gains been the same at each point of the schedule: the integral of d progress / gain."""
+    curves = row["curves"]
+    progress = np.array([*curves["progress"], row["iterations"]])
+    modules = [
+        np.array(values)
+        for key, values in curves.items()
+        if key.startswith("gain/") and key != "gain/model"
+    ]
+    candidates = {
+        "whole model's": np.array(curves["gain/model"]),
+        "mean of the modules'": np.mean(modules, axis=0),
+        "smallest module's": np.min(modules, axis=0),
+        "largest module's": np.max(modules, axis=0),
+    }
+    return {
+        name: float(progress[0] + (np.diff(progress) / gain).sum())
+        for name, gain in candidates.items()
+    }
+
+
+def which_gain(cells: Cells) -> str:
+    """Iterations by `clocks`, over the base's."""
+    lines, names = [], None
+    for run, rows in sorted(cells.items()):
+        if run.arm != "gain" or run.options:
+            continue
+        found = [clocks(row) for row in rows]
+        names = list(found[0])
+        shares = [spread([f[name] / ITERATIONS for f in found], ".2f") for name in names]
+        lines.append([run.pipeline, str(run.batch), f"{run.lr:g}", *shares])
+    return table(["pipeline", "batch", "LR", *(names or [])], lines)
+
+
 def report(rows: Rows) -> str:
     cells = by_cell(rows)
     seconds = sum(row["seconds"] for row in rows.values())
@@ -122,6 +157,9 @@ def report(rows: Rows) -> str:
             all_runs(cells),
             "\n### The plan against the runs\n",
             plan_against_runs(cells),
+            "\n### Which gain counts\n",
+            "Iterations / the base's, if another gain had been the clock of the same run.\n",
+            which_gain(cells),
         ]
     )
 

@@ -96,7 +96,8 @@ def test_results_are_read_back(tmp_path):
 
 def row(run_, accuracy, took, noise=()):
     curves = {"iteration": [took * i // len(noise) for i, _ in enumerate(noise)]}
-    curves |= {"progress": [10, 3000], "gain/model": [1.0, 2.0]}
+    curves |= {"progress": [10, 2000], "gain/model": [1.0, 2.0]}
+    curves |= {"gain/backbone": [1.0, 4.0], "gain/rpn": [1.0, 1.25]}
     return {
         **run_._asdict(),
         "accuracy": accuracy,
@@ -128,6 +129,9 @@ def test_the_tables_by_hand(tmp_path):
     assert "| SGD | 0.04 | 3000 | 1.00 | 1.0 | 40.0 (1) | 87 % |" in text
     # (1 + 96/32)/(1 + 96/128) = 16/7; 45 (16/7 - 1) of progress is missing at the start.
     assert f"| 0.02 | {round((3000 + 45 * 9 / 7) * 7 / 16)}" in text.split("plan / took")[1]
+    # 2,000 iterations at a gain of 1 and 1,000 of progress at 2, 2.625, 1.25 and 4.
+    shares = [f"{(2000 + 1000 / gain) / 3000:.2f} ± 0.00" for gain in (2, 2.625, 1.25, 4)]
+    assert f"| 0.02 | {' | '.join(shares)} |" in text
 
 
 def test_the_page_holds_what_the_runs_say():

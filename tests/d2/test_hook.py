@@ -251,6 +251,6 @@ def test_the_log_has_a_table_of_the_modules_in_one_record(d2_log):
     model = ToyDetector()
     make_hook(model, sgd(model))
     records = [r.getMessage() for r in d2_log.records if "modules" in r.getMessage()]
-    (title, *table) = records[0].splitlines()
+    title, *table = records[0].splitlines()
     assert len(records) == 1 and title == "AGVM (modulate, rule variance): modules"
     assert table == [f"  {row}" for row in module_table(model, assign_modules(model)).splitlines()]
