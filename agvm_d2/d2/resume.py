@@ -66,7 +66,7 @@ HOLDS: tuple[tuple[str, str, str], ...] = (
         "the learning rate of the next iteration is that of the new schedule",
     ),
     (
-        r"SOLVER\.(MOMENTUM|NESTEROV|WEIGHT_DECAY.*)|optimizer\..*",
+        r"SOLVER\.(MOMENTUM|NESTEROV|BETAS|EPS|WEIGHT_DECAY.*)|optimizer\..*",
         "new",
         "the optimizer takes it, and goes on with its saved state",
     ),

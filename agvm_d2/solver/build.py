@@ -13,6 +13,9 @@ from .clip import clip_gradients, skip_nonfinite_steps
 
 OPTIMIZERS = ("SGD", "ADAMW", "LARS", "LAMB")
 
+# Their own, where SOLVER.EPS is 0.
+EPS = {"ADAMW": 1e-8, "LAMB": 1e-6}
+
 
 def _pytorch_optimizer(name: str) -> type[torch.optim.Optimizer]:
     try:
@@ -52,6 +55,8 @@ def unsplit_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     options = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
     if solver.OPTIMIZER in ("SGD", "LARS"):
         options.update(momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
+    if solver.OPTIMIZER in EPS:
+        options.update(betas=tuple(solver.BETAS), eps=solver.EPS or EPS[solver.OPTIMIZER])
     one_of("SOLVER.OPTIMIZER", solver.OPTIMIZER, OPTIMIZERS)
     if solver.OPTIMIZER == "SGD":
         optimizer: torch.optim.Optimizer = torch.optim.SGD(params, foreach=True, **options)
