@@ -50,8 +50,8 @@ def recipe(
     the gain asks.
 
     Args:
-        scaling: of `scaled_lr`; by default "sqrt" for Adam and LAMB, else "linear-sqrt". "gain":
-            SOLVER stays that of `base`, and AGVM.SCHEDULE "gain" does the rest.
+        scaling: of `scaled_lr`; by default "sqrt" for Adam, LAMB and Muon, else "linear-sqrt".
+            "gain": SOLVER stays that of `base`, and AGVM.SCHEDULE "gain" does the rest.
         scale_betas: also Adam's betas and eps, see `adam_scaled`, which goes with "sqrt".
 
     Raises:
@@ -182,7 +182,7 @@ def read_baseline(path: str, allow_unsafe: bool = False) -> Baseline:
         tuple(solver.STEPS),
         solver.CHECKPOINT_PERIOD,
         solver.OPTIMIZER in EPS,
-        betas=tuple(solver.BETAS) if solver.OPTIMIZER in EPS else None,
+        betas=tuple(solver.BETAS) if solver.OPTIMIZER in ("ADAMW", "LAMB") else None,
         eps=solver.EPS or EPS.get(solver.OPTIMIZER, 0.0),
     )
 

@@ -174,6 +174,39 @@ def test_mask2formers_trainer(mask2former_files, digits, tmp_path):
     assert factors(tmp_path) == set(mask2former.NAMES)
 
 
+def test_sam(digits, tmp_path):
+    pytest.importorskip("pytorch_optimizer")
+    cfg = config(tmp_path)
+    cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.CHECKPOINT_PERIOD = 0.05, 2
+    space = {"cfg": cfg}
+    exec(code("SAM"), space)
+    model, optimizer = space["trainer"].model, space["trainer"].optimizer
+    assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, 0.05}
+    norm = model.backbone.bottom_up.stem.conv1.norm
+    assert norm.num_batches_tracked == 6 and norm.momentum == 0.1
+
+    again = space["SAMTrainer"](cfg)  # the last of three iterations once more
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    again.resume_or_load(resume=True)
+    again.train()
+    same(again.model.state_dict(), model.state_dict())
+
+    toy, data = ToyDetector(), batch(4)
+    before = [p.detach().clone() for p in toy.parameters()]
+    sam = space["SAM"](toy.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
+    space["TwoPasses"](toy, [data], sam).train(0, 1)
+    after = [p.detach().clone() for p in toy.parameters()]
+    expected = ToyDetector()
+    grads = torch.autograd.grad(loss(expected, data), list(expected.parameters()))
+    scale = 0.05 / torch.cat([g.flatten() for g in grads]).norm()
+    with torch.no_grad():
+        for p, g in zip(expected.parameters(), grads):
+            p.add_(g * scale)
+    second = torch.autograd.grad(loss(expected, data), list(expected.parameters()))
+    for w, g, found in zip(before, second, after):
+        assert torch.allclose(found, w - 0.1 * g, atol=1e-6)
+
+
 def test_a_plain_pytorch_project(tmp_path):
     """In a process of its own, in which Detectron2 is not imported."""
     source = code("A plain PyTorch project").replace("start_iter=1000", "start_iter=1")
