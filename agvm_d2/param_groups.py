@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 import re
+from collections.abc import Callable
 from typing import Any
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from .modules import ModulePatterns, assign_modules, named_parameters, patterns_
 from .shards import shard_like
 
 # By which optimizers can be told apart, and none that only some versions of torch have.
-HYPERPARAMETERS = ("momentum", "betas", "trust_coefficient", "grad_averaging")
+HYPERPARAMETERS = ("momentum", "betas", "trust_coefficient", "grad_averaging", "use_muon")
 
 
 def require_hooks(optimizer: torch.optim.Optimizer) -> None:
@@ -141,6 +142,14 @@ def fit_loaded_state(optimizer: torch.optim.Optimizer) -> None:
     )
 
 
+def loading_as_torch(optimizer: type) -> Callable[..., torch.optim.Optimizer]:
+    """A class of pytorch-optimizer whose `load_state_dict` is torch's. Its own goes through the
+    saved groups once more, as they were before a hook has fitted them to those of now."""
+    load = torch.optim.Optimizer.load_state_dict
+    own = {"load_state_dict": load, "__module__": optimizer.__module__}
+    return type(optimizer.__name__, (optimizer,), own)
+
+
 def _shard_state(optimizer: torch.optim.Optimizer, state: dict) -> dict:
     """A state of whole tensors for parameters that are sharded; any other as it is."""
     param_of = {
@@ -169,9 +178,9 @@ def _fit_state(
         ValueError: a state of other groups, or of another optimizer.
     """
     groups, saved = optimizer.param_groups, state["param_groups"]
-    keys = [
-        {key for key in HYPERPARAMETERS if key in defaults}
-        for defaults in (optimizer.defaults, saved[0])
+    keys = [  # of any group: Muon's are of two kinds
+        {key for key in HYPERPARAMETERS if any(key in group for group in some)}
+        for some in (groups, saved)
     ]
     if keys[0] != keys[1]:
         raise ValueError(

@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from .d2.config import add_agvm_config, naming_the_key
 from .d2.yaml_files import check_yaml
-from .solver.schedule import LR_SCALINGS, scaled_lr
+from .solver.build import EPS
+from .solver.schedule import LR_SCALINGS, adam_scaled, scaled_lr
 
 # Of training, as in the paper: two epochs of sixteen.
 WARMUP = 1 / 8
@@ -33,6 +34,8 @@ class Baseline(NamedTuple):
     checkpoint_period: int = 5000
     adam: bool = False
     agvm: dict | None = None  # a LazyConfig's
+    betas: tuple[float, float] | None = None  # of Adam and LAMB
+    eps: float = EPS["ADAMW"]
 
     @property
     def lazy(self) -> bool:
@@ -40,26 +43,34 @@ class Baseline(NamedTuple):
         return self.agvm is not None
 
 
-def recipe(base: Baseline, batch: int, scaling: str | None = None) -> dict[str, dict]:
+def recipe(
+    base: Baseline, batch: int, scaling: str | None = None, scale_betas: bool = False
+) -> dict[str, dict]:
     """yacs keys for training at `batch`, on as many images as `base`; or, with "gain", as long as
     the gain asks.
 
     Args:
-        scaling: of `scaled_lr`; by default "sqrt" for Adam and LAMB, else "linear-sqrt". "gain":
-            SOLVER stays that of `base`, and AGVM.SCHEDULE "gain" does the rest.
+        scaling: of `scaled_lr`; by default "sqrt" for Adam, LAMB and Muon, else "linear-sqrt".
+            "gain": SOLVER stays that of `base`, and AGVM.SCHEDULE "gain" does the rest.
+        scale_betas: also Adam's betas and eps, see `adam_scaled`, which goes with "sqrt".
 
     Raises:
         ValueError: a batch that is not positive, or below the base with "gain", or so large that
-            nothing is left to train.
+            nothing is left to train; betas to scale without Adam, or without "sqrt".
     """
+    scaling = scaling or ("sqrt" if base.adam else "linear-sqrt")
+    if scale_betas and (base.betas is None or scaling != "sqrt"):
+        raise ValueError(
+            "--scale-betas: is for ADAMW and LAMB with --rule sqrt, but the config has "
+            f"{'another optimizer' if base.betas is None else 'one of them'} and the rule is "
+            f"{scaling}"
+        )
     if scaling == "gain":
         if batch < base.batch:
             raise ValueError(f"--batch-size {batch}: is below {base.batch}, the config's own")
         agvm = {"ENABLED": True, "RULE": "gain", "SCHEDULE": "gain", "BASE_BATCH_SIZE": base.batch}
         agvm |= {"MODE": "modulate", "INTERVAL": INTERVAL, "MOMENTUM": MOMENTUM, "START_ITER": -1}
         return {"SOLVER": {"IMS_PER_BATCH": batch}, "AGVM": agvm}
-    if scaling is None:
-        scaling = "sqrt" if base.adam else "linear-sqrt"
     lr = scaled_lr(batch, scaling, base.lr, base.batch)
     shrink = base.batch / batch
     iterations = round(base.max_iter * shrink)
@@ -70,10 +81,15 @@ def recipe(base: Baseline, batch: int, scaling: str | None = None) -> dict[str, 
             f"{base.max_iter} at batch {base.batch}; train longer or take a smaller one"
         )
     window = min(CLIP, warmup)
+    adam = {}
+    if scale_betas and base.betas:
+        betas, eps = adam_scaled(batch / base.batch, base.betas, base.eps)
+        adam = {"BETAS": tuple(float(f"{b:.6g}") for b in betas), "EPS": float(f"{eps:.3g}")}
     return {
         "SOLVER": {
             "IMS_PER_BATCH": batch,
             "BASE_LR": float(f"{lr:.3g}"),
+            **adam,
             "MAX_ITER": iterations,
             "STEPS": tuple(sorted({round(step * shrink) for step in base.steps} - {0})),
             "CHECKPOINT_PERIOD": max(1, round(base.checkpoint_period * shrink)),
@@ -122,6 +138,7 @@ def as_python(keys: dict, agvm: dict) -> str:
         clip = {k.lower(): v for k, v in solver["CLIP_GRADIENTS"].items() if k != "ENABLED"}
         lines |= {
             "optimizer.lr": solver["BASE_LR"],
+            **{f"optimizer.{k.lower()}": solver[k] for k in ("BETAS", "EPS") if k in solver},
             "train.max_iter": solver["MAX_ITER"],
             "train.checkpointer.period": solver["CHECKPOINT_PERIOD"],
             "train.clip_gradients": clip,
@@ -164,7 +181,9 @@ def read_baseline(path: str, allow_unsafe: bool = False) -> Baseline:
         solver.MAX_ITER,
         tuple(solver.STEPS),
         solver.CHECKPOINT_PERIOD,
-        solver.OPTIMIZER in ("ADAMW", "LAMB"),
+        solver.OPTIMIZER in EPS,
+        betas=tuple(solver.BETAS) if solver.OPTIMIZER in ("ADAMW", "LAMB") else None,
+        eps=solver.EPS or EPS.get(solver.OPTIMIZER, 0.0),
     )
 
 
@@ -179,10 +198,13 @@ def of_lazyconfig(cfg: DictConfig, path: str) -> Baseline:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise ValueError(f"--config-file: '{path}' has no number at {key}: found {value!r}.")
     period = OmegaConf.select(cfg, "train.checkpointer.period", default=5000)
-    adam = any(name in str(cfg.optimizer.get("_target_")).lower() for name in ("adam", "lamb"))
+    target = str(cfg.optimizer.get("_target_")).lower()
+    adam = any(name in target for name in ("adam", "lamb"))
+    betas = tuple(cfg.optimizer.get("betas", (0.9, 0.999))) if adam else None
+    eps = cfg.optimizer.get("eps", EPS["LAMB" if "lamb" in target else "ADAMW"])
     batch, lr, max_iter = found
     agvm: Any = OmegaConf.to_container(cfg.get("agvm") or OmegaConf.create({}))
-    return Baseline(batch, lr, max_iter, (), period, adam, agvm)
+    return Baseline(batch, lr, max_iter, (), period, adam, agvm, betas, eps)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -196,12 +218,17 @@ def main(argv: list[str] | None = None) -> None:
         help="how the learning rate grows with the batch; default: by the optimizer",
     )
     parser.add_argument(
+        "--scale-betas",
+        action="store_true",
+        help="with Adam, print its betas and eps for the batch, too (Malladi et al. 2022; untried)",
+    )
+    parser.add_argument(
         "--allow-unsafe-yaml", action="store_true", help="let !!python tags in the file run code"
     )
     args = parser.parse_args(argv)
     try:
         base = read_baseline(args.config_file, args.allow_unsafe_yaml)
-        keys = recipe(base, args.batch_size, args.scaling)
+        keys = recipe(base, args.batch_size, args.scaling, args.scale_betas)
     except (ValueError, KeyError, OSError) as error:
         sys.exit(f"agvm_d2.recipe: error: {error}")
     print(f"# From batch {base.batch}, learning rate {base.lr:g}, {base.max_iter:,} iterations.")
@@ -215,6 +242,8 @@ def main(argv: list[str] | None = None) -> None:
             f"# {keys['SOLVER']['MAX_ITER']} iterations are few for any method: the paper rarely "
             f"goes below {FEW_ITERATIONS}."
         )
+    if 0 in keys["SOLVER"].get("BETAS", ()):
+        print("# A beta of 0 keeps no average: this batch is beyond what --scale-betas is for.")
     micro = "train.micro_batch_size" if base.lazy else "SOLVER.MICRO_BATCH_SIZE"
     period = "train.eval_period" if base.lazy else "TEST.EVAL_PERIOD"
     print(

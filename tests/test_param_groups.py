@@ -6,7 +6,7 @@ from toy import ToyDetector, batch, loss, parameter_names
 
 from agvm_d2 import split_param_groups
 from agvm_d2.modules import assign_modules
-from agvm_d2.param_groups import fit_loaded_state, module_of_groups
+from agvm_d2.param_groups import fit_loaded_state, loading_as_torch, module_of_groups
 
 
 def names_in(model, group):
@@ -187,3 +187,24 @@ def test_a_state_of_another_optimizer_is_refused():
         adamw.load_state_dict(sgd.state_dict())
     with pytest.raises(ValueError, match="than SGD: it has betas instead of momentum"):
         sgd.load_state_dict(adamw.state_dict())
+
+
+def test_pytorch_optimizers_classes_load_what_was_saved_before_the_split():
+    Lamb = loading_as_torch(pytest.importorskip("pytorch_optimizer").Lamb)
+
+    def made():
+        model = ToyDetector()
+        rpn, box = model.proposal_generator, model.roi_heads.box_head
+        mixed = [rpn.weight, box.weight, rpn.bias, box.bias, *model.backbone.parameters()]
+        return model, Lamb(mixed, lr=0.1)
+
+    model, optimizer = made()
+    fit_loaded_state(optimizer)
+    model(batch(4))["loss_box"].backward()  # none in the RPN: it has no state
+    optimizer.step()
+    other, split = made()
+    split_param_groups(split, other).load_state_dict(optimizer.state_dict())
+    for p, q in zip(model.parameters(), other.parameters()):
+        saved, found = optimizer.state[p], split.state[q]
+        assert saved.keys() == found.keys() and bool(saved) == (p.grad is not None)
+        assert all(torch.equal(saved[key], found[key]) for key in saved)

@@ -107,6 +107,28 @@ def test_adam_takes_the_square_root_of_another_projects_config(capsys, tmp_path)
     assert yaml.safe_load(out)["SOLVER"]["BASE_LR"] == 0.0004
 
 
+def test_adams_betas_where_they_are_asked_for(capsys, tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        f"_BASE_: {FASTER}\nSOLVER: {{OPTIMIZER: ADAMW, BETAS: '(0.9, 0.98)'}}"
+    )
+    args = ["--config-file", tmp_path / "a.yaml", "--batch-size", 64]
+    assert "BETAS" not in run(capsys, *args) and " EPS" not in run(capsys, *args)
+    out = run(capsys, *args, "--scale-betas")
+    solver = pasted(out, tmp_path).SOLVER
+    assert (solver.BETAS, solver.EPS) == ((0.6, 0.92), 5e-9) and "beta of 0" not in out
+    assert "A beta of 0" in run(capsys, *args[:3], 256, "--scale-betas")
+
+    lazily = run(capsys, "--config-file", VITDET, "--batch-size", 64, "--scale-betas")
+    assert "optimizer.betas = (0.6, 0.996)\noptimizer.eps = 5e-09\n" in lazily
+
+
+@pytest.mark.parametrize("rule", ["linear", "gain"])
+def test_adams_betas_go_with_the_square_root(rule):
+    base = recipe.Baseline(16, 1e-4, 90000, adam=True, betas=(0.9, 0.999))
+    with pytest.raises(ValueError, match=f"--scale-betas: .*the rule is {rule}"):
+        recipe.recipe(base, 64, rule, scale_betas=True)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -128,6 +150,10 @@ def test_bad_files(tmp_path, text, message):
         (["--config-file", FASTER, "--batch-size", "0"], "batch: found 0"),
         (["--config-file", FASTER, "--batch-size", "1000000"], "1 iterations would be left"),
         (["--config-file", FASTER, "--batch-size", "8", "--rule", "gain"], "8: is below 16"),
+        (
+            ["--config-file", FASTER, "--batch-size", "64", "--scale-betas"],
+            "another optimizer and the rule",
+        ),
         (["--config-file", __file__, "--batch-size", "64"], "has no number at dataloader.train"),
     ],
 )

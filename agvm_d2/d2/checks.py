@@ -15,7 +15,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, Generaliz
 from ..settings import Settings
 from ..solver.build import OPTIMIZERS
 from ..solver.clip import CLIP_TYPES, check_clip_value
-from ..validate import holds, is_int, one_of, require
+from ..validate import holds, is_int, is_number, one_of, require
 from .micro_batches import micro_batches
 
 STOP_OR_SKIP = ("stop", "skip")
@@ -52,6 +52,11 @@ RANGES: dict[str, tuple[Callable, str]] = {
     "SOLVER.MAX_ITER": (lambda v: v >= 1, "be at least 1"),
     "SOLVER.BASE_LR": (lambda v: 0 < v < math.inf, "be positive"),
     "SOLVER.MOMENTUM": (lambda v: 0 <= v < 1, "be in [0, 1)"),
+    "SOLVER.BETAS": (
+        lambda v: len(v) == 2 and is_number(*v) and all(0 <= beta < 1 for beta in v),
+        "be two numbers in [0, 1)",
+    ),
+    "SOLVER.EPS": (lambda v: 0 <= v < math.inf, "not be negative"),
     "SOLVER.WEIGHT_DECAY": (lambda v: 0 <= v < math.inf, "not be negative"),
     "SOLVER.GAMMA": (lambda v: 0 < v <= 1, "be in (0, 1]"),
     "SOLVER.STEPS": (

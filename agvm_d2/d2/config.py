@@ -17,8 +17,11 @@ def add_agvm_config(cfg: CN) -> None:
     for field in dataclasses.fields(Settings):
         cfg.AGVM[field.name.upper()] = field.default
 
-    # "SGD" or "ADAMW"; "LARS" or "LAMB", from the package pytorch-optimizer.
+    # "SGD" or "ADAMW"; "LARS", "LAMB" or "MUON", from the package pytorch-optimizer.
     cfg.SOLVER.OPTIMIZER = cfg.SOLVER.get("OPTIMIZER", "SGD")  # a project may have the key
+    # Of ADAMW, LAMB, and AdamW in MUON; an EPS of 0 is their own, 1e-6 for LAMB and else 1e-8.
+    cfg.SOLVER.BETAS = cfg.SOLVER.get("BETAS", (0.9, 0.999))
+    cfg.SOLVER.EPS = cfg.SOLVER.get("EPS", 0.0)
     # Images of one forward and backward pass on one worker, gradients averaged over the worker's
     # share of IMS_PER_BATCH; 0: all at once.
     cfg.SOLVER.MICRO_BATCH_SIZE = 0

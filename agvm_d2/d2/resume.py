@@ -66,7 +66,7 @@ HOLDS: tuple[tuple[str, str, str], ...] = (
         "the learning rate of the next iteration is that of the new schedule",
     ),
     (
-        r"SOLVER\.(MOMENTUM|NESTEROV|WEIGHT_DECAY.*)|optimizer\..*",
+        r"SOLVER\.(MOMENTUM|NESTEROV|BETAS|EPS|WEIGHT_DECAY.*)|optimizer\..*",
         "new",
         "the optimizer takes it, and goes on with its saved state",
     ),
@@ -232,9 +232,8 @@ def keep_built_options(optimizer: torch.optim.Optimizer, built: list[dict[str, A
         built: copies of the groups before loading.
     """
     for group, new in zip(optimizer.param_groups, built, strict=True):
-        for key in optimizer.defaults:
-            if key in new and key != "lr":
-                group[key] = new[key]
+        for key in {*new} - {"params", "param_names", "lr", "initial_lr"}:
+            group[key] = new[key]
         base = new.get("initial_lr", new["lr"])
         before = group.get("initial_lr", group["lr"])
         if base != before:

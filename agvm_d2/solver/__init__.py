@@ -3,9 +3,10 @@
 from ..param_groups import fit_loaded_state, split_param_groups
 from .build import build_optimizer, prepare_optimizer, unsplit_optimizer
 from .clip import clip_gradients, skip_nonfinite_steps
-from .schedule import build_lr_scheduler, exp_warmup, scaled_lr
+from .schedule import adam_scaled, build_lr_scheduler, exp_warmup, scaled_lr
 
 __all__ = [
+    "adam_scaled",
     "build_lr_scheduler",
     "build_optimizer",
     "clip_gradients",

@@ -1,20 +1,30 @@
 """The optimizer that a yacs config describes, and what this package asks of any optimizer."""
 
 from __future__ import annotations
+from collections.abc import Callable
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
 
 from ..modules import ModulePatterns
-from ..param_groups import fit_loaded_state, require_hooks, split_param_groups
+from ..param_groups import (
+    fit_loaded_state,
+    loading_as_torch,
+    require_hooks,
+    split_param_groups,
+)
 from ..validate import one_of
 from .clip import clip_gradients, skip_nonfinite_steps
+from .muon import build_muon
 
-OPTIMIZERS = ("SGD", "ADAMW", "LARS", "LAMB")
+OPTIMIZERS = ("SGD", "ADAMW", "LARS", "LAMB", "MUON")
+
+# Their own, where SOLVER.EPS is 0.
+EPS = {"ADAMW": 1e-8, "LAMB": 1e-6, "MUON": 1e-8}
 
 
-def _pytorch_optimizer(name: str) -> type[torch.optim.Optimizer]:
+def _pytorch_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
     try:
         import pytorch_optimizer
     except ImportError:
@@ -22,11 +32,11 @@ def _pytorch_optimizer(name: str) -> type[torch.optim.Optimizer]:
             f"SOLVER.OPTIMIZER: '{name}' is in the package pytorch-optimizer, which is not "
             "installed: pip install 'pytorch-optimizer>=3.1'."
         ) from None
-    found: dict[str, type[torch.optim.Optimizer]] = {
+    found = {
         "LARS": pytorch_optimizer.LARS,
         "LAMB": pytorch_optimizer.Lamb,
     }
-    return found[name]
+    return loading_as_torch(found[name])
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -52,11 +62,15 @@ def unsplit_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     options = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
     if solver.OPTIMIZER in ("SGD", "LARS"):
         options.update(momentum=solver.MOMENTUM, nesterov=solver.NESTEROV)
+    if solver.OPTIMIZER in EPS:
+        options.update(betas=tuple(solver.BETAS), eps=solver.EPS or EPS[solver.OPTIMIZER])
     one_of("SOLVER.OPTIMIZER", solver.OPTIMIZER, OPTIMIZERS)
     if solver.OPTIMIZER == "SGD":
         optimizer: torch.optim.Optimizer = torch.optim.SGD(params, foreach=True, **options)
     elif solver.OPTIMIZER == "ADAMW":
         optimizer = torch.optim.AdamW(params, foreach=True, **options)
+    elif solver.OPTIMIZER == "MUON":
+        optimizer = build_muon(params, model, momentum=solver.MOMENTUM, **options)
     else:
         optimizer = _pytorch_optimizer(solver.OPTIMIZER)(params, **options)
     clip = solver.CLIP_GRADIENTS

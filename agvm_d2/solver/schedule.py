@@ -16,7 +16,7 @@ from fvcore.common.param_scheduler import (
     StepWithFixedGammaParamScheduler,
 )
 
-from ..validate import one_of
+from ..validate import one_of, require
 
 logger = logging.getLogger("detectron2.agvm_d2")
 
@@ -51,6 +51,27 @@ def scaled_lr(
         return math.sqrt(images * knee)
 
     return base_lr * growth(batch) / growth(base_batch)
+
+
+def adam_scaled(
+    kappa: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+) -> tuple[tuple[float, float], float]:
+    """Adam's betas and eps at `kappa` times the batch, beside a learning rate of sqrt(kappa) times
+    as much: 1 - beta grows by kappa, eps falls by its root.
+
+    So Malladi et al. (2022, arXiv 2205.10287), for gradients that are mostly noise. From
+    kappa = 1 / (1 - beta) on, 10 for a beta of 0.9, it is 0: no average is left.
+
+    >>> betas, eps = adam_scaled(4)
+    >>> [round(beta, 6) for beta in betas], eps
+    ([0.6, 0.996], 5e-09)
+
+    Raises:
+        ValueError: a `kappa` that is not positive.
+    """
+    require(0 < kappa < math.inf, "kappa", kappa, "be positive")
+    beta1, beta2 = (1 - min(1.0, kappa * (1 - beta)) for beta in betas)
+    return (beta1, beta2), eps / math.sqrt(kappa)
 
 
 def exp_warmup(

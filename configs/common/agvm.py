@@ -32,10 +32,12 @@ train.clip_gradients = dict(clip_type="full_model", clip_value=1.0, iter_range=(
 
 
 def schedule(max_iter, milestones, warmup):
-    """The learning rate / 10 at each of two milestones, after an exponential warm-up."""
+    """The learning rate / 10 at each of one or two milestones, after an exponential warm-up."""
     return L(exp_warmup)(
         schedule=L(MultiStepParamScheduler)(
-            values=[1.0, 0.1, 0.01], milestones=milestones, num_updates=max_iter
+            values=[1.0, 0.1, 0.01][: len(milestones) + 1],
+            milestones=milestones,
+            num_updates=max_iter,
         ),
         warmup_factor=0.001,
         warmup_length=warmup / max_iter,

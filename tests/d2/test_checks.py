@@ -30,6 +30,12 @@ def test_bad_agvm_values_are_named(key, value, said, tmp_path):
             r"SOLVER.CLIP_GRADIENTS.ITER_RANGE: found \(20, 10\)",
         ),
         ({"SOLVER__IMS_PER_BATCH": 0}, "SOLVER.IMS_PER_BATCH: found 0"),
+        (
+            {"SOLVER__BETAS": (0.9, 1.0)},
+            r"SOLVER.BETAS: found \(0.9, 1.0\), .*two numbers in",
+        ),
+        ({"SOLVER__BETAS": (0.9,)}, r"SOLVER.BETAS: found \(0.9,\)"),
+        ({"SOLVER__EPS": -1e-8}, "SOLVER.EPS: found -1e-08, .*not be negative"),
         ({"SOLVER__MICRO_BATCH_SIZE": -4}, "SOLVER.MICRO_BATCH_SIZE: found -4"),
         ({"SOLVER__MICRO_BATCH_SIZE": 3}, "SOLVER.MICRO_BATCH_SIZE: found 3, .*8 / 1 workers = 8"),
         ({"MODEL__DEVICE": "cuda"}, "MODEL.DEVICE: found 'cuda', .*MODEL.DEVICE cpu"),
@@ -60,7 +66,7 @@ def test_names_are_checked_where_this_package_reads_them(key, value, said, tmp_p
 
 def test_nan_is_in_no_range():
     for key, (holds, _) in RANGES.items():
-        if "STEPS" not in key:
+        if key not in ("SOLVER.STEPS", "SOLVER.BETAS"):
             assert not holds(math.nan), key
 
 

@@ -10,11 +10,11 @@ def test_read_config_takes_values_that_are_not_strings(tmp_path):
     assert (cfg.SEED, cfg.SOLVER.STEPS) == (2, (3,))
 
 
-def test_a_projects_own_optimizer_key_is_kept():
+def test_a_projects_own_optimizer_keys_are_kept():
     cfg = get_cfg()
-    cfg.SOLVER.OPTIMIZER = "ADAMW"
+    cfg.SOLVER.OPTIMIZER, cfg.SOLVER.BETAS = "ADAMW", (0.9, 0.95)
     add_agvm_config(cfg)
-    assert cfg.SOLVER.OPTIMIZER == "ADAMW"
+    assert (cfg.SOLVER.OPTIMIZER, cfg.SOLVER.BETAS) == ("ADAMW", (0.9, 0.95))
 
 
 @pytest.mark.parametrize(

@@ -6,22 +6,27 @@ import re
 import subprocess
 import sys
 from types import SimpleNamespace
+import mask2former
 import pytest
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from helpers import RCNN_BASE, ROOT, VITDET, same
 from toy import ToyDetector, batch, loss
 
 import agvm_d2.data  # noqa: F401
+from agvm_d2 import recipe
 from agvm_d2.d2 import lazy
+from agvm_d2.modules import assign_modules
 
 
-def code(heading: str) -> str:
+def code(heading: str, language: str = "python") -> str:
     with open(os.path.join(ROOT, "docs", "extending.md")) as f:
         sections = re.split(r"^## ", f.read(), flags=re.M)
     (section,) = (s for s in sections if s.startswith(heading))
-    source = "\n".join(re.findall(r"^```python\n(.*?)^```", section, flags=re.M | re.S))
+    source = "\n".join(re.findall(rf"^```{language}\n(.*?)^```", section, flags=re.M | re.S))
     # Three iterations: too few to wait for the end of warm-up.
     return re.sub(r"(start_iter ?= ?)1000", r"\g<1>1", source, flags=re.I)
 
@@ -98,6 +103,108 @@ def test_an_architecture_of_its_own(digits, tmp_path):
     cfg = config(tmp_path / "children")
     exec(source, {"cfg": cfg})
     assert factors(tmp_path / "children") == {"encoder", "decoder", "fusion"}
+
+
+# Mask2Former's, for COCO instances.
+THEIRS = """
+SOLVER:
+  IMS_PER_BATCH: 16
+  BASE_LR: 0.0001
+  STEPS: (327778, 355092)
+  MAX_ITER: 368750
+  WARMUP_FACTOR: 1.0
+  WARMUP_ITERS: 10
+  OPTIMIZER: "ADAMW"
+  CLIP_GRADIENTS: {ENABLED: True, CLIP_TYPE: "full_model", CLIP_VALUE: 0.01}
+"""
+
+
+@pytest.fixture
+def mask2former_files(tmp_path):
+    (tmp_path / "maskformer2_R50_bs16_50ep.yaml").write_text(THEIRS)
+    path = tmp_path / "maskformer2_R50_bs256_50ep_agvm.yaml"
+    path.write_text(code("A DETR-like", "yaml"))
+    return path
+
+
+def test_mask2formers_modules_and_recipe(mask2former_files):
+    given = yaml.safe_load(mask2former_files.read_text())
+    theirs = recipe.read_baseline(str(mask2former_files.with_name(given.pop("_BASE_"))))
+    expected = recipe.recipe(theirs, 256)
+    solver = {**given["SOLVER"], "STEPS": eval(given["SOLVER"]["STEPS"])}
+    assert solver == {key: expected["SOLVER"][key] for key in solver}
+    assert given["AGVM"]["START_ITER"] == expected["AGVM"]["START_ITER"]
+
+    model = mask2former.Named()
+    names = {p: name for name, p in model.named_parameters()}
+    assert set(assign_modules(model)) == {"backbone", "sem_seg_head"}  # without patterns
+    modules = assign_modules(model, eval(given["AGVM"]["MODULES"]))
+    found = {module: {names[p] for p in params} for module, params in modules.items()}
+    assert found == {module: set(names) for module, names in mask2former.NAMES.items()}
+
+
+def test_mask2formers_trainer(mask2former_files, digits, tmp_path):
+    class Trainer(DefaultTrainer):
+        """Their optimizer: a group for each parameter, the backbone slower."""
+
+        @classmethod
+        def build_model(cls, cfg):
+            return mask2former.Named()
+
+        @classmethod
+        def build_optimizer(cls, cfg, model):
+            groups = [
+                {"params": [p], "lr": cfg.SOLVER.BASE_LR * (0.1 if "backbone" in name else 1)}
+                for name, p in model.named_parameters()
+            ]
+            return torch.optim.AdamW(groups, cfg.SOLVER.BASE_LR)
+
+    cfg = config(tmp_path)
+    space = {
+        "cfg": cfg,
+        "Trainer": Trainer,
+        "args": SimpleNamespace(config_file=str(mask2former_files)),
+    }
+    exec(code("A DETR-like"), space)
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MICRO_BATCH_SIZE = 8, 2
+    cfg.SOLVER.MAX_ITER, cfg.AGVM.START_ITER, cfg.AGVM.INTERVAL = 3, 1, 1
+    trainer = space["LargeBatchTrainer"](cfg)
+    assert cfg.SOLVER.OPTIMIZER == "ADAMW"
+    trainer.train()
+    assert factors(tmp_path) == set(mask2former.NAMES)
+
+
+def test_sam(digits, tmp_path):
+    pytest.importorskip("pytorch_optimizer")
+    cfg = config(tmp_path)
+    cfg.SOLVER.WEIGHT_DECAY, cfg.SOLVER.CHECKPOINT_PERIOD = 0.05, 2
+    space = {"cfg": cfg}
+    exec(code("SAM"), space)
+    model, optimizer = space["trainer"].model, space["trainer"].optimizer
+    assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, 0.05}
+    norm = model.backbone.bottom_up.stem.conv1.norm
+    assert norm.num_batches_tracked == 6 and norm.momentum == 0.1
+
+    again = space["SAMTrainer"](cfg)  # the last of three iterations once more
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    again.resume_or_load(resume=True)
+    again.train()
+    same(again.model.state_dict(), model.state_dict())
+
+    toy, data = ToyDetector(), batch(4)
+    before = [p.detach().clone() for p in toy.parameters()]
+    sam = space["SAM"](toy.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
+    space["TwoPasses"](toy, [data], sam).train(0, 1)
+    after = [p.detach().clone() for p in toy.parameters()]
+    expected = ToyDetector()
+    grads = torch.autograd.grad(loss(expected, data), list(expected.parameters()))
+    scale = 0.05 / torch.cat([g.flatten() for g in grads]).norm()
+    with torch.no_grad():
+        for p, g in zip(expected.parameters(), grads):
+            p.add_(g * scale)
+    second = torch.autograd.grad(loss(expected, data), list(expected.parameters()))
+    for w, g, found in zip(before, second, after):
+        assert torch.allclose(found, w - 0.1 * g, atol=1e-6)
 
 
 def test_a_plain_pytorch_project(tmp_path):

@@ -76,12 +76,15 @@ ONE = {"SOLVER__MICRO_BATCH_SIZE": 2}
 GAIN = {"AGVM__RULE": "gain", "AGVM__BASE_BATCH_SIZE": 2}
 SCHEDULE = {**GAIN, "AGVM__SCHEDULE": "gain", "AGVM__START_ITER": 0}
 ADAMW = {"SOLVER__OPTIMIZER": "ADAMW", "SOLVER__WEIGHT_DECAY": 0.05}
+MUON = {"SOLVER__OPTIMIZER": "MUON", "SOLVER__MOMENTUM": 0.95}
 every_offset = pytest.param(range(19, 19 + INTERVAL), marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("iterations", [[19], every_offset])
-@pytest.mark.parametrize("options", [{}, ADAMW, GAIN], ids=["sgd", "adamw", "gain"])
+@pytest.mark.parametrize("options", [{}, ADAMW, MUON, GAIN], ids=["sgd", "adamw", "muon", "gain"])
 def test_one_process_with_micro_batches(options, iterations, digits, tmp_path):
+    if options is MUON:
+        pytest.importorskip("pytorch_optimizer")
     check(train, {**ONE, **options}, tmp_path, iterations)
 
 

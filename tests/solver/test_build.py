@@ -53,6 +53,18 @@ def test_adamw(tmp_path):
     check_param_group(optimizer.param_groups[0], 4, lr=0.05, weight_decay=0.05)
 
 
+@pytest.mark.parametrize("name, eps", [("ADAMW", 1e-8), ("LAMB", 1e-6)])
+def test_betas_and_eps(tmp_path, name, eps):
+    if name == "LAMB":
+        pytest.importorskip("pytorch_optimizer")
+    cfg = toy_config(tmp_path, SOLVER__OPTIMIZER=name)
+    for group in build_optimizer(cfg, ToyDetector()).param_groups:
+        check_param_group(group, betas=(0.9, 0.999), eps=eps)
+    cfg.SOLVER.BETAS, cfg.SOLVER.EPS = [0.8, 0.95], 1e-5  # a list, as YAML may have it
+    for group in build_optimizer(cfg, ToyDetector()).param_groups:
+        check_param_group(group, betas=(0.8, 0.95), eps=1e-5)
+
+
 @pytest.mark.parametrize("name", ["LARS", "LAMB"])
 def test_lars_and_lamb_step_with_factors(tmp_path, name):
     pytest.importorskip("pytorch_optimizer")

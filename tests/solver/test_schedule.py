@@ -7,7 +7,7 @@ from torch import nn
 from toy import ToyDetector
 from toy_d2 import toy_config
 
-from agvm_d2.solver import build_lr_scheduler, exp_warmup, scaled_lr
+from agvm_d2.solver import adam_scaled, build_lr_scheduler, exp_warmup, scaled_lr
 
 # Learning rate for a batch
 
@@ -30,6 +30,17 @@ def test_bad_scalings_and_batches():
         scaled_lr(256, "cubic")
     with pytest.raises(ValueError, match="batch: found 0"):
         scaled_lr(0)
+
+
+def test_adams_betas_and_eps_by_hand():
+    betas, eps = adam_scaled(8, (0.95, 0.999), 1e-8)
+    assert betas == pytest.approx((0.6, 0.992)) and eps == pytest.approx(1e-8 / 8**0.5)
+    assert adam_scaled(1, (0.9, 0.98), 1e-6) == (pytest.approx((0.9, 0.98)), 1e-6)
+    assert adam_scaled(0.5, (0.9, 0.98))[0] == pytest.approx((0.95, 0.99))
+    assert adam_scaled(48)[0] == pytest.approx((0.0, 0.952))  # 1 - beta is at most 1
+    for kappa in (0, -1, math.inf, math.nan):
+        with pytest.raises(ValueError, match="kappa: found .* be positive"):
+            adam_scaled(kappa)
 
 
 # Schedule

@@ -1,0 +1,97 @@
+"""SOLVER.OPTIMIZER MUON: Muon for the matrices inside the model, AdamW for all the rest.
+
+It is pytorch-optimizer's, which does both in one optimizer: one list of param groups to split by
+module, one state to save. torch.optim.Muon takes matrices only, no convolutions, and would need a
+second optimizer beside it.
+"""
+
+from __future__ import annotations
+import importlib.metadata
+from typing import Any
+import torch
+from torch import nn
+
+from ..param_groups import loading_as_torch
+
+VERSION = (4, 1)  # of pytorch-optimizer: Muon's groups were made in another way before
+
+# The last layers of predictors, by the last part of their name: Detectron2's, and DETR's.
+LAST = {
+    "anchor_deltas", "bbox_embed", "bbox_pred", "class_embed", "cls_score", "ctrness",
+    "objectness_logits", "predictor", "score_lowres",
+}  # fmt: skip
+
+
+def muon_matrices(model: nn.Module) -> set[nn.Parameter]:
+    """The weights that Muon is made for: those of linear layers, of attention and of convolutions,
+    each a matrix of one row per output channel (transposed convolution: input channel); but for
+    embeddings and the last layers of predictors."""
+    found, embeddings = set(), set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            embeddings.add(module.weight)
+        elif isinstance(module, nn.MultiheadAttention):
+            names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+            found |= {getattr(module, name) for name in names} - {None}
+        elif isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+            if name.rpartition(".")[2] not in LAST:
+                found.add(module.weight)
+    return found - embeddings
+
+
+def build_muon(
+    params: list[dict[str, Any]],
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> torch.optim.Optimizer:
+    """Muon, of Nesterov's kind, over `params`, whose groups it splits in two where it must.
+
+    A matrix's update is as large as AdamW's would be, 0.2 √max(rows, columns) times an orthogonal
+    one (Liu et al. 2025, arXiv 2502.16982), so both kinds have AdamW's learning rate and weight
+    decay.
+
+    Args:
+        params: param groups.
+        momentum: Muon's.
+        betas, eps: AdamW's.
+
+    Raises:
+        ValueError: pytorch-optimizer is not installed, or too old.
+    """
+    try:
+        found = importlib.metadata.version("pytorch-optimizer")
+    except importlib.metadata.PackageNotFoundError:
+        found = ""
+    if tuple(int(part) for part in found.split(".")[:2] if part.isdigit()) < VERSION:
+        raise ValueError(
+            "SOLVER.OPTIMIZER: 'MUON' is in the package pytorch-optimizer from 4.1 on, "
+            f"{f'and here is {found}' if found else 'which is not installed'}: "
+            "pip install 'pytorch-optimizer>=4.1'."
+        )
+    from pytorch_optimizer import Muon
+
+    matrices = muon_matrices(model)
+    groups = []
+    for group in params:
+        for use_muon in (True, False):
+            kept = [p for p in group["params"] if (p in matrices) == use_muon]
+            if kept:
+                # Matrices one by one: batches of equal shapes would depend on the groups, and a
+                # product's last bits on its batch.
+                foreach = False if use_muon else None
+                groups.append({**group, "params": kept, "use_muon": use_muon, "foreach": foreach})
+    return loading_as_torch(Muon)(
+        groups,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        use_adjusted_lr=True,
+        adamw_lr=lr,
+        adamw_betas=betas,
+        adamw_eps=eps,
+        adamw_wd=weight_decay,
+    )
