@@ -50,11 +50,11 @@ def _transformer_decoder() -> list[str]:
             names += _of(f"{layer}.{name}", *attention) + _of(f"{layer}.norm", *BOTH)
         for part in ("linear1", "linear2", "norm"):
             names += _of(f"transformer_ffn_layers.{i}.{part}", *BOTH)
-    return _of("sem_seg_head.predictor", *names)
+    return _of("sem_seg_head.predictor", *names, *_of("decoder_norm", *BOTH))
 
 
 def _heads() -> list[str]:
-    parts = ["decoder_norm", "class_embed", *(f"mask_embed.layers.{i}" for i in range(3))]
+    parts = ["class_embed", *(f"mask_embed.layers.{i}" for i in range(3))]
     return [n for part in parts for n in _of(f"sem_seg_head.predictor.{part}", *BOTH)]
 
 
@@ -62,8 +62,8 @@ def _heads() -> list[str]:
 NAMES = {
     "backbone": _backbone(),
     "pixel_decoder": _pixel_decoder(),
-    "transformer_decoder": _transformer_decoder(),
-    "heads": _heads(),
+    "decoder": _transformer_decoder(),
+    "head": _heads(),
 }
 
 
