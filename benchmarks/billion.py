@@ -6,7 +6,7 @@ workers that share it by FSDP2.
 
 The model is that of configs/COCO-InstanceSegmentation/cascade_mask_rcnn_vitdet_g_bs960_agvm.py; so
 that it fits into this memory and into minutes, it trains in float32 on random images of 224 pixels,
-two per iteration, with 64 RoIs per image and SGD (with momentum where it is shared). "own" is CPU
+two per iteration, with 64 RoIs per image and SGD without momentum. "own" is CPU
 time in this package's functions, in the slowest worker; peak memory is of one worker.
 """
 
@@ -139,8 +139,7 @@ def work(iterations: int, overrides: list[str]) -> None:
     start = time.perf_counter()
     model = build(overrides, workers).train()
     parameters = sum(p.numel() for p in model.parameters())
-    momentum = 0.9 if workers > 1 else 0.0
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=momentum, foreach=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, foreach=False)
     split_param_groups(optimizer, model)
     if main:
         how = f"{workers} workers, FSDP2" if workers > 1 else "one process"

@@ -70,7 +70,7 @@ class Job:
 
 def compare(model_name: str) -> tuple[float, list[float]]:
     """The largest relative difference of a factor in `COMPARED` iterations, and the last ones."""
-    sharded, whole = (Job(v, model_name, lr=0.001) for v in VARIANTS[-2:])
+    sharded, whole = (Job(v, model_name, lr=1e-6) for v in VARIANTS[-2:])
     worst = 0.0
     for i in range(COMPARED):
         factors = []
