@@ -58,12 +58,7 @@ class ShardedTap(TensorTap):
             large = self._own_shard_only()
             small = [ps for ps, own in zip(self.modules.values(), large, strict=True) if not own]
             params = [p for ps in small for p in ps]
-            held = [self.adam.second_moment(p) for p in params]
-            # None before the first step: as 0, where nothing counts.
-            shards = [
-                local_part(p) * 0 if v is None else v for p, v in zip(params, held, strict=True)
-            ]
-            self._second_moments = gathered(params, shards)
+            self._second_moments = gathered(params, [self._second_moment(p) for p in params])
         super().start()
 
     def _divide(self, param: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
@@ -86,5 +81,8 @@ class ShardedTap(TensorTap):
             )
         rows, num_units = super().local()
         # The workers' mean of squares of shards is 1/shards of that of whole gradients.
-        own = rows.new_tensor([self.shards if own else 1 for own in self._own_shard_only()])
-        return torch.stack([rows[0] * own, rows[1] * self.shards]), num_units
+        rows[1] *= self.shards
+        for i, own_shard_only in enumerate(self._own_shard_only()):
+            if own_shard_only:
+                rows[0, i] *= self.shards
+        return rows, num_units

@@ -82,6 +82,12 @@ def check_sharding(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
                 f"there are {world}: give fully_shard a mesh of all, such as "
                 "init_device_mesh(device, (replicas, shards))."
             )
+        first, shards = trainable[0][0], trainable[0][1].device_mesh.size(-1)
+        if param.device_mesh.size(-1) != shards:
+            raise ValueError(
+                f"AGVM: '{first}' is cut into {shards} shards, but '{name}' into "
+                f"{param.device_mesh.size(-1)}: give all calls of fully_shard one mesh."
+            )
     for i, group in enumerate(optimizer.param_groups if optimizer is not None else ()):
         if any(p.requires_grad and not hasattr(p, "to_local") for p in group["params"]):
             raise ValueError(

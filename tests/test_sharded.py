@@ -444,6 +444,14 @@ def _a_parameter_left_out():
     return model, _sgd(model), {}
 
 
+def _two_meshes():
+    model = ToyDetector()
+    meshes = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicas", "shards"))
+    fsdp.fully_shard(model.backbone.bottom_up, mesh=meshes)
+    fsdp.fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    return model, _sgd(model), {}
+
+
 def _split():
     model = shard(ToyDetector())
     return model, _sgd(model), {"estimator": "split"}
@@ -456,6 +464,7 @@ REFUSED = {
     _part_of_the_workers: "over a mesh of 1 workers, but there are 2",
     _part_of_the_model: "call fully_shard on it last",
     _a_parameter_left_out: "'proposal_generator.bias' is not sharded",
+    _two_meshes: "cut into 1 shards, but '.*' into 2: give all calls of fully_shard one mesh",
     _split: "ESTIMATOR split.*use pairwise",
 }
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 import numpy as np
 import torch
-import torch.distributed as dist
+import torch.distributed.fsdp
 from detectron2.utils import comm
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -69,7 +69,7 @@ def check_fsdp(options: Any, num_workers: int, amp: bool) -> None:
             "train.amp.enabled: found True, but with train.fsdp it must be False: float16 needs a "
             "loss scale, which FSDP2's shards do not share. Set train.fsdp.precision=bfloat16."
         )
-    if not hasattr(dist.fsdp, "fully_shard"):
+    if not hasattr(torch.distributed.fsdp, "fully_shard"):
         raise ValueError(f"train.fsdp needs torch 2.6 or newer; this is {torch.__version__}.")
 
 
