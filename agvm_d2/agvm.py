@@ -111,6 +111,7 @@ class AGVM:
         self._iteration, self._depth = -1, 0
         self._wanted = self._warned = False  # a measurement; a warning has been given
         self._rehearsal = True
+        self._stepped = True  # since the last iteration began
         self._saved_lrs: list[Any] | None = None
 
     def attach(self) -> bool:
@@ -183,6 +184,9 @@ class AGVM:
                 reshard(self.model)
             self.tap.modules = self._update_modules()
             self.tap.start()
+            if isinstance(self.tap, ShardedTap):  # whole gradients may be kept inside FSDP2
+                self.tap.accumulated = not self._stepped
+        self._stepped = False
 
     def micro_batch_done(self, weight: float) -> None:
         """One of several backward passes ended; its loss was multiplied by `weight`."""
@@ -226,6 +230,7 @@ class AGVM:
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._depth -= 1
+        self._stepped = True
         if self._depth == 0:
             self._restore_lrs()
             groups = self.optimizer.param_groups  # without gradients where the step was left out

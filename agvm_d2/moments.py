@@ -49,6 +49,11 @@ NOT_SEEN = (
 )
 
 
+def _trainable(params: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Without those that were frozen while training."""
+    return [p for p in params if p.requires_grad]
+
+
 class GradientTap:
     """Measures the backward passes of one iteration: `start`, the passes, `collect`."""
 
@@ -77,7 +82,7 @@ class GradientTap:
         """Measure the coming backward pass(es)."""
         self.stop()
         self.measuring, self.seen, self.accumulated = True, False, False
-        self._unchecked = {params[0] for params in self.modules.values()}
+        self._unchecked = {p for ps in self.modules.values() for p in _trainable(ps)[:1]}
         for param in self._unchecked:
             hook = functools.partial(self._check, param)
             self._handles.append(self.leaf(param).register_hook(hook))
@@ -166,7 +171,8 @@ class TensorTap(GradientTap):
         self._waiting = False  # for the end of a backward pass
         self._begin_unit()
         self._handles += [
-            self.leaf(p).register_hook(functools.partial(self._add, p)) for p in self.params
+            self.leaf(p).register_hook(functools.partial(self._add, p))
+            for p in _trainable(self.params)
         ]
 
     def _begin_unit(self) -> None:

@@ -28,13 +28,23 @@ class AdamPrecondition:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, share: float = 1.0):
-        self._state, self._scale = optimizer.state, share**-0.5
-        self._eps = {p: group["eps"] for group in optimizer.param_groups for p in group["params"]}
+        self._optimizer, self._scale = optimizer, share**-0.5
+        self._group_of: dict[torch.Tensor, dict] = {}
+        self._groups: list[dict] | None = None  # those that it is of; a loaded state makes others
 
     def second_moment(self, param: torch.Tensor) -> torch.Tensor | None:
-        """v as far as this worker holds it; None before the first step."""
-        v = self._state.get(param, {}).get("exp_avg_sq")
+        """v as far as this worker holds it, with amsgrad its maximum; None before the first step,
+        and for a parameter that the optimizer does not have."""
+        state = self._optimizer.state.get(param, {})
+        v = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
         return None if v is None else local_part(v)
+
+    def _eps(self, param: torch.Tensor) -> float:
+        groups = self._optimizer.param_groups
+        if self._groups is not groups or param not in self._group_of:
+            self._groups = groups
+            self._group_of = {p: group for group in groups for p in group["params"]}
+        return self._group_of.get(param, self._optimizer.defaults)["eps"]
 
     def __call__(
         self, param: torch.Tensor, grad: torch.Tensor, v: torch.Tensor | None = None
@@ -43,7 +53,7 @@ class AdamPrecondition:
         v = self.second_moment(param) if v is None else v
         if v is None:
             return torch.zeros_like(grad)
-        found = (grad / v.sqrt().add_(self._eps[param])).masked_fill_(v == 0, 0)
+        found = (grad / v.sqrt().add_(self._eps(param))).masked_fill_(v == 0, 0)
         return found if self._scale == 1 else found.mul_(self._scale)
 
 

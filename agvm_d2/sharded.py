@@ -76,7 +76,8 @@ class ShardedTap(TensorTap):
         if self.seen and all(p.grad is None for p in self.params):
             raise RuntimeError(
                 "AGVM: no gradient was reduced in this iteration: the model's gradients were "
-                "accumulated unsharded over iterations, set_requires_gradient_sync(False). "
+                "accumulated over iterations inside FSDP2, by set_requires_gradient_sync(False) or "
+                "set_requires_all_reduce(False). "
                 "Accumulate within an iteration (train.micro_batch_size) instead."
             )
         rows, num_units = super().local()

@@ -2,6 +2,7 @@
 and how states of them are made whole and cut again."""
 
 from __future__ import annotations
+import copy
 from collections.abc import Iterable
 from typing import Any
 import torch
@@ -27,6 +28,16 @@ def is_sharded(model: nn.Module) -> bool:
     """Has it parts under `fully_shard`, other DTensors, or FSDP1's flat parameters?"""
     flat = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
     return flat or bool(units(model)) or any(hasattr(p, "to_local") for p in model.parameters())
+
+
+def _divide_factor(unit: Any) -> float | None:
+    """What `set_gradient_divide_factor` has set; None also where this torch does not tell."""
+    try:
+        state = unit._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        return next(g.gradient_divide_factor for g in groups if g is not None)
+    except (AttributeError, StopIteration):
+        return None
 
 
 def reshard(model: nn.Module) -> None:
@@ -60,6 +71,14 @@ def check_sharding(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
             "itself: call fully_shard on it last, after its parts."
         )
     world = dist.get_world_size() if dist.is_initialized() else 1
+    for unit in units(model):
+        factor = _divide_factor(unit)
+        if factor is not None and factor != world:
+            raise ValueError(
+                f"AGVM: set_gradient_divide_factor({factor:g}) makes the gradient another one than "
+                f"the mean over the {world} workers, with which single gradients are compared. "
+                "Leave it out, and scale the loss instead."
+            )
     trainable: list[tuple[str, Any]] = [
         (name, p) for name, p in named_parameters(model) if p.requires_grad
     ]
@@ -155,10 +174,21 @@ def whole_state(state: Any, keep: bool) -> Any:
         whole = state.full_tensor()
         return whole.cpu() if keep else None
     if isinstance(state, dict):
-        return {key: whole_state(value, keep) for key, value in state.items()}
+        whole = copy.copy(state)  # with the versions that a model's has in `_metadata`
+        whole.update((key, whole_state(value, keep)) for key, value in state.items())
+        return whole
     if isinstance(state, (list, tuple)):
-        return type(state)(whole_state(value, keep) for value in state)
+        values = [whole_state(value, keep) for value in state]
+        return type(state)(*values) if hasattr(state, "_fields") else type(state)(values)
     return state
+
+
+def shard_loaded(model: nn.Module, state: dict, *_: Any) -> None:
+    """A pre-hook of `load_state_dict`: shards of the whole tensors in `state`."""
+    own = model.state_dict()
+    for name, tensor in own.items():
+        if name in state:
+            state[name] = shard_like(state[name], tensor)
 
 
 @torch.no_grad()

@@ -248,6 +248,60 @@ def test_a_parameter_unfrozen_while_training_counts_from_then_on(workers):
     assert free > 1.01 * frozen
 
 
+def _reduced_every_second_iteration():
+    """Which iterations were measured, and what was said at the end."""
+    model = shard(ToyDetector(width=WIDTH))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    agvm = AGVM(model, split_param_groups(optimizer, model), Settings(interval=2))
+    measured = []
+    try:
+        for i in range(7):
+            agvm.begin(i)
+            model.set_requires_gradient_sync(i % 2 == 0)
+            loss(model, units_of(2)[dist.get_rank()]).backward()
+            agvm.backward_done()
+            if i % 2 == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+            agvm.end()
+            measured.append(agvm.measured)
+    except RuntimeError as error:
+        return measured, str(error)
+
+
+def test_gradients_kept_inside_fsdp2_over_iterations_are_not_measured(workers):
+    for measured, said in workers(2).run(_reduced_every_second_iteration):
+        assert measured == [True, False, False]  # nothing was kept before the first
+        assert "accumulated over iterations inside FSDP2" in said
+
+
+def _one_parameter_left_to_another_optimizer():
+    model = shard(ToyDetector(width=WIDTH))
+    bias = model.roi_heads.box_head.bias
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p is not bias], lr=0.01)
+    agvm = AGVM(model, split_param_groups(optimizer, model), Settings(interval=1))
+    for i in range(3):
+        agvm.begin(i)
+        optimizer.zero_grad()
+        loss(model, batch(4, seed=2 * i + dist.get_rank())).backward()
+        agvm.backward_done()
+        optimizer.step()
+        agvm.end()
+    return agvm.modulator.last.unit_sq.tolist()
+
+
+def test_with_adam_a_parameter_of_no_group_counts_as_0(workers):
+    for found in workers(2).run(_one_parameter_left_to_another_optimizer):
+        assert all(value > 0 for value in found)
+
+
+def test_a_state_made_whole_keeps_the_versions_of_its_modules():
+    state = ToyDetector().state_dict()
+    whole = whole_state(state, keep=True)
+    assert whole._metadata == state._metadata and type(whole) is type(state)
+    assert whole_state({"a": (1, [2])}, keep=False) == {"a": (1, [2])}
+
+
 def _evaluated(reshard_after_forward):
     """Factors with and without a forward pass between the iterations."""
     found = []
@@ -452,6 +506,12 @@ def _two_meshes():
     return model, _sgd(model), {}
 
 
+def _sums():
+    model = shard(ToyDetector())
+    model.set_gradient_divide_factor(1.0)
+    return model, _sgd(model), {}
+
+
 def _split():
     model = shard(ToyDetector())
     return model, _sgd(model), {"estimator": "split"}
@@ -465,6 +525,7 @@ REFUSED = {
     _part_of_the_model: "call fully_shard on it last",
     _a_parameter_left_out: "'proposal_generator.bias' is not sharded",
     _two_meshes: "cut into 1 shards, but '.*' into 2: give all calls of fully_shard one mesh",
+    _sums: r"set_gradient_divide_factor\(1\) .*the mean over the 2 workers",
     _split: "ESTIMATOR split.*use pairwise",
 }
 

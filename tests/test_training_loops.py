@@ -385,3 +385,40 @@ def test_workers_without_ddp_average_themselves_or_are_refused(workers):
     wanted = [reference.pairwise_variance(v) for v in vectors]
     for found in workers(2).run(_without_ddp, True):
         assert found == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_second_moments_are_those_that_the_optimizer_has_now(amsgrad):
+    model = ToyDetector()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, amsgrad=amsgrad)
+    precondition = preconditioner(optimizer)
+    weight, ones = model.proposal_generator.weight, torch.ones(1, 8)
+    assert not precondition(weight, ones).any()  # before the first step
+    loss(model, batch(4)).backward()
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())  # makes new dicts of state and groups
+    loss(model, batch(4, seed=1, scale=0.01)).backward()
+    optimizer.step()
+    v = optimizer.state[weight]["max_exp_avg_sq" if amsgrad else "exp_avg_sq"]
+    assert torch.equal(precondition(weight, ones), 1 / (v.sqrt() + 1e-8))
+    other = torch.nn.Parameter(ones.clone())
+    assert not precondition(other, ones).any()  # not the optimizer's
+
+
+def test_a_module_frozen_while_training_is_left_out():
+    model = ToyDetector()
+    optimizer = split_param_groups(torch.optim.SGD(model.parameters(), lr=0.01), model)
+    agvm = AGVM(model, optimizer, Settings(interval=1), micro_batches=2)
+    for i in range(4):
+        if i == 2:
+            model.backbone.fpn_lateral2.requires_grad_(False)
+        agvm.begin(i)
+        optimizer.zero_grad()
+        for k in range(2):
+            (loss(model, batch(2, seed=2 * i + k)) / 2).backward()
+            agvm.micro_batch_done(0.5)
+        agvm.backward_done()
+        optimizer.step()
+        agvm.end()
+    last = dict(zip(agvm.modulator.names, agvm.modulator.last.unit_sq.tolist(), strict=True))
+    assert last["fpn"] == 0 and last["backbone"] > 0 and last["rpn"] > 0

@@ -12,7 +12,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
-from ..shards import is_sharded, local_part, whole_state
+from ..shards import is_sharded, local_part, shard_loaded, whole_state
 from .weights_files import load_pkl, load_pth, unreadable, what_is_broken
 
 
@@ -30,6 +30,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
         checkpointer.resume_or_load(weights, resume=True)
         checkpointer.save("model_0000999")
     """
+
+    def __init__(self, model: torch.nn.Module, *args: Any, **kwargs: Any):
+        super().__init__(model, *args, **kwargs)
+        if is_sharded(self.model):
+            self.model.register_load_state_dict_pre_hook(shard_loaded)
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write NAME.pth, then make `last_checkpoint` name it.
@@ -58,8 +63,21 @@ class AtomicCheckpointer(DetectionCheckpointer):
         data.update(kwargs)
         if sharded:
             data = whole_state(data, keep=self.save_to_disk)
-            if not self.save_to_disk:
-                return
+            failed = ""
+            try:
+                if self.save_to_disk:
+                    self._save(name, data)
+            except (OSError, TypeError) as error:
+                failed = f"{type(error).__name__}: {error}"
+                raise
+            finally:  # all workers raise, or none
+                others = "".join(comm.all_gather(failed))
+            if others:
+                raise OSError(others)
+        else:
+            self._save(name, data)
+
+    def _save(self, name: str, data: dict[str, Any]) -> None:
         basename = f"{name}.pth"
         path = os.path.join(self.save_dir, basename)
         self.logger.info(f"Saving checkpoint to {path}")

@@ -14,7 +14,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from ..shards import shard_like
 from ..validate import is_int, one_of, require
 from .agreement import check_agreement, weights
 
@@ -143,20 +142,18 @@ def shard(model: nn.Module, device: str, options: Mapping[str, Any]) -> nn.Modul
     policy = MixedPrecisionPolicy(PRECISIONS[values["precision"]], reduce_dtype=torch.float32)
     for unit in units(model, values["unit_size"]):
         if values["checkpoint_activations"]:
+            if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in unit.modules()):
+                raise ValueError(
+                    "train.fsdp.checkpoint_activations: found True, but the model has BatchNorm, "
+                    "whose statistics would be updated twice per iteration. Set it to False, or "
+                    "use FrozenBN, LayerNorm or GroupNorm."
+                )
             unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
         fully_shard(
             unit, mesh=mesh, reshard_after_forward=values["reshard_after_forward"], mp_policy=policy
         )
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    model.register_load_state_dict_pre_hook(_shard_loaded)
     return model
-
-
-def _shard_loaded(model: nn.Module, state: dict, *_: Any) -> None:
-    """Shards of the whole tensors that a checkpoint holds."""
-    for name, tensor in model.state_dict().items():
-        if name in state:
-            state[name] = shard_like(state[name], tensor)
 
 
 class EvenLoader:

@@ -82,7 +82,10 @@ def load(path: str, overrides: list[str]) -> DictConfig:
         key = override.split("=")[0].lstrip("+~")
         parent, _, name = key.rpartition(".")
         node = OmegaConf.select(cfg, parent) if parent else cfg
-        fits = OmegaConf.is_dict(node) and (name in node or "_target_" in node or parent == "agvm")
+        if parent == "train.fsdp" and node is None and "train" in cfg:  # off: on, with its defaults
+            cfg.train.fsdp = node = OmegaConf.create({})
+        free = parent in ("agvm", "train.fsdp")
+        fits = OmegaConf.is_dict(node) and (name in node or "_target_" in node or free)
         if not fits:
             raise ValueError(
                 f"config: the override '{override}' does not fit: {path} has no key '{key}'."

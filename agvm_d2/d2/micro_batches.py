@@ -168,8 +168,15 @@ class MicroBatchTrainer(SimpleTrainer):
     def _losses(self, piece: list[dict]) -> dict[str, torch.Tensor]:
         try:
             losses = self._forward(piece)
-        except FloatingPointError:  # Detectron2's RPN, at NaN or inf
-            if not self.skip_nonfinite or self._sharded:  # where all must go on alike
+        except FloatingPointError as error:  # Detectron2's RPN, at NaN or inf
+            if self.skip_nonfinite and self._sharded:
+                raise FloatingPointError(
+                    f"{error} With train.fsdp, train.on_nonfinite skip leaves out steps with a "
+                    "gradient of NaN or inf, but not what the RPN raises: the other workers are in "
+                    "a forward pass that all must make. Go on from the last checkpoint, with a "
+                    "lower learning rate or gradients clipped."
+                ) from error
+            if not self.skip_nonfinite:
                 raise
             losses = self._nan_losses(piece)
         self._names = list(losses)

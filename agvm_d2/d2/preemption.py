@@ -170,7 +170,8 @@ class PreemptionHook(HookBase):
         trainer, name = self.trainer, signal.Signals(self._signals.signum).name
         logger.warning(f"{name}: stopping after iteration {trainer.iter}.")
         # Else it was the last iteration or evaluation, and model_final is there.
-        saves = comm.is_main_process() or self._sharded
+        # A sharded model needs all workers for it; a checkpoint of before is there.
+        saves = not alone if self._sharded else comm.is_main_process()
         if trainer.iter + 1 < trainer.max_iter and saves:
             self._checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
         try:  # nobody ends before the checkpoint is there: the launcher would stop all

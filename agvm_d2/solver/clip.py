@@ -106,7 +106,7 @@ def _finite(tensors: list[torch.Tensor]) -> bool:
     parts = [local_part(tensor) for tensor in tensors]
     norms = [n for norms in block_norms(parts) for n in norms]
     finite = torch.cat([*norms, parts[0].new_zeros(1).float()]).isfinite().all()
-    if parts[0] is not tensors[0]:
+    if any(part is not tensor for part, tensor in zip(parts, tensors, strict=True)):
         finite = finite.int()
         dist.all_reduce(finite, dist.ReduceOp.MIN)
     return bool(finite)

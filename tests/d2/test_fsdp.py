@@ -8,7 +8,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from toy import ToyDetector
 
+from agvm_d2.d2.checkpoint import AtomicCheckpointer
 from agvm_d2.d2.fsdp import EvenLoader, alike, check_fsdp, shard, units
+from agvm_d2.shards import whole_state
 
 if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
     pytest.skip("fully_shard is public from torch 2.6 on", allow_module_level=True)
@@ -131,3 +133,40 @@ def _in_ddp():
 
 def test_a_sharded_model_in_default_trainer_is_refused(workers):
     workers(2).run(_in_ddp)
+
+
+def test_activations_of_batchnorm_are_not_computed_twice(workers):
+    workers(2).run(_batch_norm)
+
+
+def _batch_norm():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    with pytest.raises(ValueError, match="checkpoint_activations: .*BatchNorm.*twice"):
+        shard(model, "cpu", {"unit_size": 25, "checkpoint_activations": True})
+
+
+def _full_disk(folder):
+    model = shard(ToyDetector(), "cpu", {})
+    checkpointer = AtomicCheckpointer(model, str(folder), save_to_disk=dist.get_rank() == 0)
+    checkpointer.save("good")
+    before = whole_state(model.state_dict(), keep=True)
+    write = checkpointer._write
+
+    def full(path, *args, **kwargs):
+        raise OSError(f"The checkpoint '{path}' cannot be written")
+
+    checkpointer._write = full
+    with pytest.raises(OSError, match="bad.pth' cannot be written"):
+        checkpointer.save("bad")
+    checkpointer._write = write
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    dist.barrier()
+    checkpointer.resume_or_load("", resume=True)  # of a model that is sharded by whomever
+    after = whole_state(model.state_dict(), keep=True)
+    return all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_a_full_disk_is_told_on_all_workers_and_the_last_checkpoint_loads(workers, tmp_path):
+    assert workers(2).run(_full_disk, tmp_path) == [True, True]

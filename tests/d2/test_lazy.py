@@ -109,3 +109,15 @@ def test_names_of_datasets(config):
     cfg = config()
     assert lazy.dataset_names(cfg, eval_only=False) == ["a"]
     assert lazy.dataset_names(cfg, eval_only=True) == []
+
+
+def test_a_key_of_fsdp_turns_it_on(tmp_path):
+    (tmp_path / "c.py").write_text(GOOD.replace("train = dict(", "train = dict(fsdp=None,"))
+    cfg = lazy.load(str(tmp_path / "c.py"), ["train.fsdp.precision=bfloat16"])
+    assert cfg.train.fsdp == {"precision": "bfloat16"}
+    lazy.check(cfg, 2)
+    with pytest.raises(ValueError, match="train.fsdp: there is one worker"):
+        lazy.check(cfg, 1)
+    cfg = lazy.load(str(tmp_path / "c.py"), ["train.fsdp.precison=bfloat16"])
+    with pytest.raises(ValueError, match="train.fsdp: found 'precison'"):
+        lazy.check(cfg, 2)
