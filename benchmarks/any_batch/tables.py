@@ -87,10 +87,12 @@ def measured(row: dict) -> Measured:
 
 
 def plan_against_runs(cells: Cells) -> str:
-    """Iterations that the base run foretells, and those that runs by the gain took."""
+    """Iterations that the base run at the same learning rate foretells, and those that runs by the
+    gain took."""
     lines = []
     for run, rows in sorted(cells.items()):
-        base = base_of(cells, run.pipeline)
+        same = Run(run.pipeline, "sgd", BASE, run.lr, 0)
+        base = cells.get(same) or base_of(cells, run.pipeline)
         if run.arm != "gain" or not base or run.options:
             continue
         foretold = predict(measured(base[0]), run.batch).iterations
