@@ -174,6 +174,7 @@ def test_a_package_that_is_missing_or_old(found, said, tmp_path, monkeypatch):
         build_optimizer(toy_config(tmp_path, **MUON), ToyDetector())
 
 
+@pytest.mark.slow
 def test_two_workers_have_the_same_bits(tmp_path, workers):
     found = workers(2).run(_trained, str(tmp_path))
     same(found[0], found[1])
