@@ -49,7 +49,8 @@ class AGVM:
     `base_batch_size`, and progress decides on both: `follow(scheduler)`, and `while not agvm.done`.
 
     Args:
-        model: the model being trained; with several workers, inside DistributedDataParallel.
+        model: the model being trained; with several workers, inside DistributedDataParallel or
+            under FSDP2's `fully_shard`.
         optimizer: its optimizer, each group of one module (`split_param_groups`).
         settings: AGVM's options; a `start_iter` of -1 is 0 here.
         micro_batches: backward passes of one worker in one iteration.
@@ -62,7 +63,7 @@ class AGVM:
     Raises:
         TypeError: an optimizer without hooks.
         ValueError: a bad module pattern or anchor, a group of several modules, a bad setting, a
-            gain without `batch_size`; `schedule="gain"` with a batch below the base's.
+            model sharded in another way (`shards.check_sharding`), a gain without `batch_size`; `schedule="gain"` with a batch below the base's.
     """
 
     def __init__(
