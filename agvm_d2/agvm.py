@@ -63,7 +63,8 @@ class AGVM:
     Raises:
         TypeError: an optimizer without hooks.
         ValueError: a bad module pattern or anchor, a group of several modules, a bad setting, a
-            model sharded in another way (`shards.check_sharding`), a gain without `batch_size`; `schedule="gain"` with a batch below the base's.
+            model sharded in another way (`shards.check_sharding`), a gain without `batch_size`;
+            `schedule="gain"` with a batch below the base's.
     """
 
     def __init__(
