@@ -128,7 +128,7 @@ def shard(model: nn.Module, device: str, options: Mapping[str, Any]) -> nn.Modul
         options: `train.fsdp`, see `DEFAULTS`.
 
     Raises:
-        ValueError: the workers' weights differ.
+        ValueError: the workers' weights differ; a BatchNorm is to compute its activations again.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -140,20 +140,27 @@ def shard(model: nn.Module, device: str, options: Mapping[str, Any]) -> nn.Modul
     names = ("replicas", "shards")[replicas == 1 :]
     mesh = init_device_mesh(torch.device(device).type, sizes, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(PRECISIONS[values["precision"]], reduce_dtype=torch.float32)
-    for unit in units(model, values["unit_size"]):
+    parts = units(model, values["unit_size"])
+    if values["checkpoint_activations"]:
+        _check_checkpointed(parts)
+    for unit in parts:
         if values["checkpoint_activations"]:
-            if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in unit.modules()):
-                raise ValueError(
-                    "train.fsdp.checkpoint_activations: found True, but the model has BatchNorm, "
-                    "whose statistics would be updated twice per iteration. Set it to False, or "
-                    "use FrozenBN, LayerNorm or GroupNorm."
-                )
             unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
         fully_shard(
             unit, mesh=mesh, reshard_after_forward=values["reshard_after_forward"], mp_policy=policy
         )
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
+
+
+def _check_checkpointed(parts: list[nn.Module]) -> None:
+    norms = nn.modules.batchnorm._BatchNorm
+    if any(isinstance(module, norms) for part in parts for module in part.modules()):
+        raise ValueError(
+            "train.fsdp.checkpoint_activations: found True, but the model has BatchNorm, whose "
+            "statistics would be updated twice per iteration. Set it to False, or use FrozenBN, "
+            "LayerNorm or GroupNorm."
+        )
 
 
 class EvenLoader:
