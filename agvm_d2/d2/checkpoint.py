@@ -63,17 +63,15 @@ class AtomicCheckpointer(DetectionCheckpointer):
         data.update(kwargs)
         if sharded:
             data = whole_state(data, keep=self.save_to_disk)
-            failed = ""
+            failed: Exception | None = None
             try:
                 if self.save_to_disk:
                     self._save(name, data)
             except (OSError, TypeError) as error:
-                failed = f"{type(error).__name__}: {error}"
-                raise
-            finally:  # all workers raise, or none
-                others = "".join(comm.all_gather(failed))
-            if others:
-                raise OSError(others)
+                failed = error
+            told = "".join(comm.all_gather(str(failed or "")))  # all workers raise, or none
+            if told:
+                raise failed or OSError(told)
         else:
             self._save(name, data)
 
