@@ -172,6 +172,15 @@ def test_of_a_large_module_each_worker_measures_its_own_shard(workers, num, repl
 # Training
 
 
+def step(agvm, iteration, data):
+    agvm.begin(iteration)
+    agvm.optimizer.zero_grad()
+    loss(agvm.model, data).backward()
+    agvm.backward_done()
+    agvm.optimizer.step()
+    agvm.end()
+
+
 def train(sharded, adam, mode, iterations=20):
     """Factors after each iteration, and the weights at the end, by name."""
     model = ToyDetector(width=WIDTH)
@@ -227,12 +236,7 @@ def _unfrozen():
     for i in range(4):
         if i == 2:
             model.proposal_generator.bias.requires_grad_(True)
-        agvm.begin(i)
-        optimizer.zero_grad()
-        loss(model, units_of(2)[dist.get_rank()]).backward()
-        agvm.backward_done()
-        optimizer.step()
-        agvm.end()
+        step(agvm, i, units_of(2)[dist.get_rank()])
         found.append(agvm.modulator.last.unit_sq[MODULES.index("rpn")].item())
     return found, whole_state(model.state_dict(), True)
 
@@ -281,12 +285,7 @@ def _one_parameter_left_to_another_optimizer():
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p is not bias], lr=0.01)
     agvm = AGVM(model, split_param_groups(optimizer, model), Settings(interval=1))
     for i in range(3):
-        agvm.begin(i)
-        optimizer.zero_grad()
-        loss(model, batch(4, seed=2 * i + dist.get_rank())).backward()
-        agvm.backward_done()
-        optimizer.step()
-        agvm.end()
+        step(agvm, i, batch(4, seed=2 * i + dist.get_rank()))
     return agvm.modulator.last.unit_sq.tolist()
 
 
@@ -311,12 +310,7 @@ def _evaluated(reshard_after_forward):
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         agvm = AGVM(model, split_param_groups(optimizer, model), Settings(interval=1))
         for i in range(4):
-            agvm.begin(i)
-            optimizer.zero_grad()
-            loss(model, batch(4, seed=2 * i + dist.get_rank())).backward()
-            agvm.backward_done()
-            optimizer.step()
-            agvm.end()
+            step(agvm, i, batch(4, seed=2 * i + dist.get_rank()))
             if evaluates:
                 with torch.no_grad():
                     model(batch(2))
@@ -341,12 +335,7 @@ def _collectives(adam):
     found = []
     for i in range(4):
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            agvm.begin(i)
-            optimizer.zero_grad()
-            loss(model, batch(4)).backward()
-            agvm.backward_done()
-            optimizer.step()
-            agvm.end()
+            step(agvm, i, batch(4))
         names = [event.name for event in profiler.events()]
         found.append([sum(n == kind for n in names) for kind in KINDS])
     return found[2:]
