@@ -446,7 +446,7 @@ def build_tap(
         optimizer: with Adam's, gradients are measured over its second moments.
 
     Raises:
-        ValueError: see `sharded.check_sharding`, `split.build_split_tap`.
+        ValueError: see `shards.check_sharding`, `split.build_split_tap`.
     """
     precondition = preconditioner(optimizer) if optimizer is not None else None
     if is_sharded(model):
