@@ -53,6 +53,7 @@ class AdamPrecondition:
         v = self.second_moment(param) if v is None else v
         if v is None:
             return torch.zeros_like(grad)
+        v = v.to(grad.device)  # from the CPU, where FSDP2 offloads shards to it
         found = (grad / v.sqrt().add_(self._eps(param))).masked_fill_(v == 0, 0)
         return found if self._scale == 1 else found.mul_(self._scale)
 

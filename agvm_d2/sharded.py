@@ -34,6 +34,7 @@ class ShardedTap(TensorTap):
         self._whole = whole_parameters(model)
         first: Sharded = self.params[0]
         self.shards = first.device_mesh.size(-1)
+        self.device = torch.device(first.device_mesh.device_type)  # shards may be offloaded
         self._second_moments: dict[torch.Tensor, torch.Tensor] = {}
 
     def leaf(self, param: nn.Parameter) -> torch.Tensor:

@@ -171,7 +171,7 @@ def whole_state(state: Any, keep: bool) -> Any:
         keep: return it, as who writes it does; else None in the place of each.
     """
     if hasattr(state, "to_local"):
-        whole = state.full_tensor()
+        whole = state.to(state.device_mesh.device_type).full_tensor()  # the CPU's are not gathered
         return whole.cpu() if keep else None
     if isinstance(state, dict):
         whole = copy.copy(state)  # with the versions that a model's has in `_metadata`
@@ -203,7 +203,7 @@ def gathered(
     mesh = params[0].device_mesh
     ranks = mesh.size(-1)
     room = [_shape_of_shard(p, 0).numel() for p in params]  # the first shard is the largest
-    mine = torch.zeros(sum(room), device=local_part(params[0]).device)
+    mine = torch.zeros(sum(room), device=mesh.device_type)  # shards may be offloaded to the CPU
     for piece, shard in zip(mine.split(room), shards, strict=True):
         piece[: shard.numel()].copy_(shard.reshape(-1))
     out = torch.empty(ranks, len(mine), device=mine.device)

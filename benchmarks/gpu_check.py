@@ -3,7 +3,7 @@
 
     python benchmarks/gpu_check.py    # or: make gpu-check
 
-Runs tests/integration/test_cuda.py, benchmarks/overhead.py on each number of GPUs up to all of
+Runs tests/integration/test_cuda*.py, benchmarks/overhead.py on each number of GPUs up to all of
 them, and 50 iterations of a COCO config at 800 pixels on the bundled digits, with autocast in
 bfloat16 and in float16. Needs no download. The exit code is 1 if a part fails.
 """
@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/COCO-Detection/faster_rcnn_R_50_FPN_16ep_bs256_agvm.yaml"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 ITERATIONS = 50
+CUDA_TESTS = ("tests/integration/test_cuda.py", "tests/integration/test_cuda_sharded.py")
 
 
 def options(gpus: int) -> list[str]:
@@ -140,7 +141,7 @@ def main() -> None:
     workers = sorted({1, min(2, gpus), gpus})
     overhead = ["benchmarks/overhead.py", "--device", "cuda", "--rounds", "3", "--workers"]
     parts = {
-        "tests": ["-m", "pytest", "-q", "-rs", "tests/integration/test_cuda.py"],
+        "tests": ["-m", "pytest", "-q", "-rs", *CUDA_TESTS],
         "overhead": [*overhead, *map(str, workers)],
         **{f"training in {d}": ["benchmarks/gpu_check.py", "--train", d] for d in DTYPES},
     }

@@ -26,21 +26,22 @@ if not hasattr(fsdp, "fully_shard"):
 WIDTH = 13  # that neither 2 nor 4 workers share evenly; the rpn's one row leaves some with nothing
 
 
-def shard(model, replicas=1, reduce_dtype=None, **options):
+def shard(model, replicas=1, reduce_dtype=None, device="cpu", **options):
     """The bottom-up in a unit of its own; the root's holds three modules."""
     workers = dist.get_world_size() // replicas
     sizes = (replicas, workers) if replicas > 1 else (workers,)
     names = ("replicas", "shards") if replicas > 1 else ("shards",)
-    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
+    mesh = init_device_mesh(device, sizes, mesh_dim_names=names)
     policy = fsdp.MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
     for part in (model.backbone.bottom_up, model):
         fsdp.fully_shard(part, mesh=mesh, mp_policy=policy, **options)
     return model
 
 
-def units_of(workers: int, micro: int = 1) -> list:
+def units_of(workers: int, micro: int = 1, device: str = "cpu") -> list:
     """For each worker and micro-batch; those of rank r are micro * r and the next ones."""
-    return [batch(2, seed=10 + i) for i in range(workers * micro)]
+    units = [batch(2, seed=10 + i) for i in range(workers * micro)]
+    return [[{k: v.to(device) for k, v in image.items()} for image in unit] for unit in units]
 
 
 def measure(model, tap, mine, sync=True):
@@ -57,7 +58,7 @@ def measure(model, tap, mine, sync=True):
     return tap.collect()
 
 
-def _moments(micro, sync, checkpointed, adam, replicas, options, largest=None):
+def _moments(micro, sync, checkpointed, adam, replicas, options, largest=None, device="cpu"):
     if largest is not None:
         sharded.GATHERED = largest
     try:
@@ -65,20 +66,20 @@ def _moments(micro, sync, checkpointed, adam, replicas, options, largest=None):
         if checkpointed:
             part = model.backbone.bottom_up
             part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False)
-        shard(model, replicas, **options)
+        shard(model.to(device), replicas, device=device, **options)
         optimizer = (torch.optim.AdamW if adam else torch.optim.SGD)(model.parameters(), lr=0.01)
         split_param_groups(optimizer, model)
         rank, workers = dist.get_rank(), dist.get_world_size()
         if adam:  # for a second moment
-            loss(model, batch(4, seed=rank)).backward()
+            loss(model, units_of(workers, 1, device)[rank]).backward()
             optimizer.step()
         tap = build_tap(model, assign_modules(model), micro, optimizer)
-        mine = units_of(workers, micro)[micro * rank : micro * (rank + 1)]
+        mine = units_of(workers, micro, device)[micro * rank : micro * (rank + 1)]
         for _ in range(2):
             moments = measure(model, tap, mine, sync)
-        weights = {name: p.full_tensor() for name, p in model.state_dict().items()}
+        weights = whole_state(model.state_dict(), keep=True)
         second = {
-            name: optimizer.state[p]["exp_avg_sq"].full_tensor().double()
+            name: whole_state(optimizer.state[p]["exp_avg_sq"], keep=True).double()
             for name, p in model.named_parameters()
             if "exp_avg_sq" in optimizer.state[p]
         }

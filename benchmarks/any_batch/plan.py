@@ -27,7 +27,7 @@ GRID: list[Run] = [
     *(
         run
         for seed in SEEDS[1:]
-        for arm, batch in (("sgd", BASE), ("gain", 128), ("whole", 128), ("gain", 64))
+        for arm, batch in (("sgd", BASE), *(("gain", n) for n in (128, 64, 256)), ("whole", 128))
         for run in runs(arm, batch, LR, seeds=(seed,))
     ),
     # Controls with as many iterations.
@@ -37,7 +37,6 @@ GRID: list[Run] = [
     *(run for arm in ("gain_adamw", "sqrt_gain_adamw") for run in runs(arm, 128, 0.001)),
     *(Run(p, "sgd", BASE, LR, 1) for p in ("panoptic_fpn", "mask_rcnn")),
     *(Run(p, "gain", 128, LR, 1) for p in ("panoptic_fpn", "mask_rcnn")),
-    *runs("gain", 256, LR, seeds=SEEDS[1:]),
     *runs("sgd", 128, LR, 4 * LR, iterations=TOOK[128]),
     *runs("agvm", 128, LR, iterations=TOOK[128]),
     *(run for arm in ("gain_least", "gain_decay") for run in runs(arm, 128, LR)),
