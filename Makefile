@@ -1,5 +1,5 @@
-# make setup | demo | test-fast | test | test-all | lint | gpu-check. `make setup VENV=DIR` uses
-# another environment.
+# make setup | smoke | demo | test-fast | test | test-all | lint | docs | gpu-check.
+# `make setup VENV=DIR` uses another environment.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -8,7 +8,7 @@ STAMP := $(VENV)/.agvm_d2
 D2_WHEEL := sal-detectron2==0.7.2
 DEMO_CONFIG := configs/Digits-Detection/faster_rcnn_thin_R_50_FPN_bs64_agvm.yaml
 
-.PHONY: setup demo test-fast test test-all lint gpu-check clean
+.PHONY: setup smoke demo test-fast test test-all lint docs gpu-check clean
 setup: $(STAMP)
 
 # The stamp comes last, so an interrupted set-up starts over. A Detectron2 that $(PYTHON) already
@@ -32,6 +32,13 @@ demo: setup
 	$(PY) train_net.py --config-file $(DEMO_CONFIG) OUTPUT_DIR output/demo
 	$(PY) -m agvm_d2.plot output/demo
 
+# The demo in short, for a first look: not enough training to find anything.
+smoke: setup
+	$(PY) train_net.py --config-file $(DEMO_CONFIG) OUTPUT_DIR output/smoke SOLVER.IMS_PER_BATCH 16 \
+	  SOLVER.MICRO_BATCH_SIZE 4 SOLVER.MAX_ITER 40 SOLVER.STEPS '(30,)' SOLVER.WARMUP_ITERS 5 \
+	  AGVM.START_ITER 5 AGVM.INTERVAL 1
+	$(PY) -m agvm_d2.plot output/smoke
+
 # While you work on a change: without the tests that are marked slow or integration.
 test-fast: setup
 	$(PY) -m pytest -m "not slow and not integration"
@@ -47,10 +54,22 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# The pages and the API in output/docs; a warning is an error. It needs no torch, so it has an
+# environment of its own.
+docs: $(VENV)-docs/.stamp
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --quiet
+	@echo output/docs/index.html
+
+$(VENV)-docs/.stamp: setup.cfg
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --disable-pip-version-check \
+	  'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=0.26'
+	@touch $@
+
 # On a machine with a GPU: tests, cost and a short training, in about ten minutes. The report is for
 # an issue.
 gpu-check: setup
 	$(PY) benchmarks/gpu_check.py
 
 clean:
-	rm -rf $(VENV) *.egg-info output
+	rm -rf $(VENV) $(VENV)-docs *.egg-info output

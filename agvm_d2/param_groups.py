@@ -43,8 +43,8 @@ def split_param_groups(
 
     >>> model = nn.ModuleDict({"backbone": nn.Linear(1, 1), "head": nn.Linear(1, 1)})
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> [len(g["params"]) for g in split_param_groups(optimizer, model).param_groups]
-    [2, 2]
+    >>> tuple(len(g["params"]) for g in split_param_groups(optimizer, model).param_groups)
+    (2, 2)
 
     Args:
         optimizer: any optimizer over parameters of `model`, before its LR scheduler is built.

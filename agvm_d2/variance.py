@@ -57,7 +57,8 @@ def split_variance(
     """The paper's variance, 1 - cos(a, b), from norms alone.
 
     Args:
-        sq_a, sq_b: squared norms of the mean gradients a, b of two halves of the units.
+        sq_a: squared norm of the mean gradient a of one half of the units.
+        sq_b: of b, of the other half.
         mean_sq: squared norm of the mean m = s a + (1 - s) b, which gives the product ab; for equal
             halves ab = 2 |m|^2 - (|a|^2 + |b|^2)/2.
         share: s, the first half's share of the units.
@@ -76,7 +77,8 @@ def lr_ratio(
     """r = clip((phi_anchor + 1e-6)/(phi + 1e-6), *ratio_range); the LR factor follows sqrt(r).
 
     Args:
-        variance, anchor: phi of the module(s), and of the anchor module.
+        variance: phi of the module(s).
+        anchor: phi of the anchor module.
         ratio_range: bounds (low, high) of the ratio; (0.5, 10) in the paper.
     """
     return ((anchor + EPS) / (variance + EPS)).clamp(*ratio_range)

@@ -1,4 +1,4 @@
-"""docs/: each row of docs/paper.md has an answer, and what the pages name is there."""
+"""README and docs/: what the pages name is there, and each row of docs/paper.md has an answer."""
 
 import glob
 import os
@@ -6,7 +6,8 @@ import re
 import pytest
 from helpers import CONFIGS, ROOT
 
-PAGES = sorted(glob.glob(os.path.join(ROOT, "docs", "*.md")))
+README = os.path.join(ROOT, "README.md")
+PAGES = [README, *sorted(glob.glob(os.path.join(ROOT, "docs", "*.md")))]
 ANSWERS = ("reproduced", "tried here", "shipped, not run", "not there")
 
 
@@ -29,6 +30,17 @@ def test_links_lead_somewhere(path):
         target = os.path.join(os.path.dirname(path), name) if name else path
         assert os.path.exists(target), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_is_short():
+    assert len(text(README).splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "mkdocs.yml"])
+def test_every_page_is_listed(name):
+    listed = re.findall(r"(?:\]\(|- )(?:docs/)?([\w-]+\.md)", text(os.path.join(ROOT, name)))
+    pages = {os.path.basename(page) for page in PAGES[1:]}
+    assert pages - {"index.md"} == set(listed) & pages - {"index.md"}
 
 
 def rows() -> list[list[str]]:

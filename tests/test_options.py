@@ -1,4 +1,4 @@
-"""Each option stands once, in Settings: the README, a yacs config, a LazyConfig and AGVMHook's
+"""Each option stands once, in Settings: docs/keys.md, a yacs config, a LazyConfig and AGVMHook's
 arguments follow it."""
 
 import ast
@@ -36,10 +36,10 @@ OTHERS = {
 }
 
 
-def in_readme() -> dict[str, str]:
-    """Key -> its default, of the table "Config keys"; keys may share a row."""
-    with open(os.path.join(ROOT, "README.md")) as f:
-        (section,) = re.findall(r"^### Config keys\n(.*?)(?=^#)", f.read(), flags=re.M | re.S)
+def in_docs() -> dict[str, str]:
+    """Key -> its default, of the table in docs/keys.md; keys may share a row."""
+    with open(os.path.join(ROOT, "docs", "keys.md")) as f:
+        section = f.read()
     found: dict[str, str] = {}
     for row in re.findall(r"^\| (`.*?) \| (.*?) \|", section, flags=re.M):
         keys = re.findall(r"`(.*?)`", row[0])
@@ -52,8 +52,8 @@ def in_readme() -> dict[str, str]:
     return found
 
 
-def test_the_readme_has_a_row_for_each_with_its_default():
-    rows = {k: v for k, v in in_readme().items() if k.startswith("AGVM.")}
+def test_the_docs_have_a_row_for_each_with_its_default():
+    rows = {k: v for k, v in in_docs().items() if k.startswith("AGVM.")}
     assert ast.literal_eval(rows.pop("AGVM.ENABLED")) is True
     found = {k.removeprefix("AGVM.").lower(): ast.literal_eval(v) for k, v in rows.items()}
     assert found == DEFAULTS
@@ -62,7 +62,7 @@ def test_the_readme_has_a_row_for_each_with_its_default():
 def test_the_readmes_other_defaults_are_the_configs():
     cfg = get_cfg()
     add_agvm_config(cfg)
-    for key, default in in_readme().items():
+    for key, default in in_docs().items():
         value = functools.reduce(getattr, key.split("."), cfg)
         assert ast.literal_eval(default) == value, key
 
