@@ -29,7 +29,7 @@ POINTS = 60  # of each curve that a run keeps
 class Trainer(study.Trainer):
     @classmethod
     def build_train_loader(cls, cfg):
-        stuff = cfg.MODEL.META_ARCHITECTURE == "PanopticFPN"
+        stuff = cfg.MODEL.META_ARCHITECTURE in ("PanopticFPN", "SemanticSegmentor")
         return build_train_loader(cfg, mapper=Scenes(cfg.SEED, cfg.MODEL.MASK_ON, stuff))
 
 
@@ -99,8 +99,9 @@ def train(run: Run, folder: Path) -> dict:
     accuracy, diverged = 0.0, None
     try:
         trainer.train()
-        found = trainer._last_eval_results[task][metric]
-        accuracy = round(found, 3) if found == found else 0.0  # NaN: nothing found
+        if cfg.DATASETS.TEST:
+            found = trainer._last_eval_results[task][metric]
+            accuracy = round(found, 3) if found == found else 0.0  # NaN: nothing found
     except FloatingPointError:
         diverged = trainer.iter
     done = trainer.iter
