@@ -187,7 +187,7 @@ def plot(output_dir: str, picture: str | None = None) -> str:
         for axis in (noise, loss, rate):
             axis.set_yscale("log")
         _legends(legends, (noise if noise.lines else variance, loss), marks)
-        words = [f"batch {batch}"] * (batch is not None) + [f"rule {rule}"] * (rule is not None)
+        words = [f"batch {batch}"] * (batch is not None) + [f"AGVM.RULE {rule}"] * (rule is not None)
         if mode == "monitor":
             words.append("only monitored: the factors were measured and not used")
         figure.suptitle(", ".join(words), weight="bold")

@@ -299,9 +299,9 @@ def of_lazyconfig(cfg: DictConfig, path: str) -> Baseline:
         agvm,
         betas,
         eps,
-        warmup=OmegaConf.select(cfg, "lr_multiplier.warmup_length", default=0) * max_iter,
+        warmup=(OmegaConf.select(cfg, "lr_multiplier.warmup_length") or 0) * max_iter,
         images=_count([names] if isinstance(names, str) else names),
-        eval_period=OmegaConf.select(cfg, "train.eval_period", default=0),
+        eval_period=OmegaConf.select(cfg, "train.eval_period") or 0,
         clip={name.upper(): value for name, value in clip.items()} or None,
         config=cfg,
     )

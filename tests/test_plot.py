@@ -124,7 +124,7 @@ def test_noise_scales_the_batch_and_what_happened_when(mode, tmp_path, figure):
     monitored = mode == "monitor"
     assert ("not used" in figure().get_suptitle()) == monitored
     assert ("not used" in panel(figure(), "factor").get_title()) == monitored
-    assert figure().get_suptitle().startswith("batch 64, rule variance")
+    assert figure().get_suptitle().startswith("batch 64, AGVM.RULE variance")
 
 
 def test_no_loss_has_the_colour_of_a_module(tmp_path, figure):

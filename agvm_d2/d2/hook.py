@@ -105,7 +105,7 @@ class AGVMHook(HookBase):
         self._heard_by: object = None  # the inner trainer
         self._schedule: GainSchedule | None = None
         self._loaded = False
-        self._noise: list[float] = []  # noise scales of the model, while monitoring
+        self._noise: list[float] = []  # the model's noise scales, monitored in this run
 
     @classmethod
     def from_config(cls, cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
