@@ -187,7 +187,8 @@ def plot(output_dir: str, picture: str | None = None) -> str:
         for axis in (noise, loss, rate):
             axis.set_yscale("log")
         _legends(legends, (noise if noise.lines else variance, loss), marks)
-        words = [f"batch {batch}"] * (batch is not None) + [f"AGVM.RULE {rule}"] * (rule is not None)
+        said = (("batch", batch), ("AGVM.RULE", rule))
+        words = [f"{name} {found}" for name, found in said if found is not None]
         if mode == "monitor":
             words.append("only monitored: the factors were measured and not used")
         figure.suptitle(", ".join(words), weight="bold")
