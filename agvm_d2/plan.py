@@ -6,14 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 import matplotlib.pyplot as plt  # plot.py has chosen the backend
 import numpy as np
 
-from .d2.resume import plain_config
-from .plot import colours_of, modules_of, read_metrics
+from .plot import colours_of, modules_of, read_config, read_metrics
 from .recipe import INTERVAL, MOMENTUM
 from .validate import is_int
+from .variance import gain_of
 
 FLAT = 0.9  # of the time: what twice the batch still takes where it is hardly worth it
 LIMITS = (
@@ -55,14 +55,7 @@ def read_run(output_dir: str, base: int | None = None) -> Measured:
     path = os.path.join(output_dir, "config.yaml")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"'{path}' is not there: give the OUTPUT_DIR of a run")
-    with open(path) as f:
-        config = plain_config(f.read())
-
-    def value(yacs: str, lazy: str, default: Any = None) -> Any:
-        found: Any = config
-        for key in (lazy if "dataloader" in config else yacs).split("."):
-            found = found.get(key) if isinstance(found, dict) else None
-        return default if found is None else found
+    value = read_config(output_dir)
 
     def number(yacs: str, lazy: str, default: int | None = None) -> int:
         found = value(yacs, lazy, default)
@@ -98,15 +91,6 @@ def read_run(output_dir: str, base: int | None = None) -> Measured:
         share, scale = np.array(points).T
         noise[name] = (share / max_iter, np.where(np.isnan(scale), np.inf, scale))
     return Measured(base, round(max_iter * own / base), noise)
-
-
-def gain_of(signal: float, base: int, batch: int) -> float:
-    """(1 + B/base)/(1 + B/batch) of the noise scale B = 1/signal: `variance.lr_gain`, of averages.
-
-    >>> gain_of(1 / 48, base=16, batch=64)  # 4 / 1.75
-    2.285714285714286
-    """
-    return (signal + 1 / base) / (signal + 1 / batch)
 
 
 def predict(measured: Measured, batch: int) -> Row:

@@ -4,18 +4,29 @@ with batches of N images."""
 from __future__ import annotations
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from .d2.config import add_agvm_config, naming_the_key
 from .d2.yaml_files import check_yaml
 from .solver.build import EPS
 from .solver.schedule import LR_SCALINGS, adam_scaled, scaled_lr
+from .validate import require
 
-# Of training, as in the paper: two epochs of sixteen.
-WARMUP = 1 / 8
+# Of warm-up, in the paper: two epochs of 12 to 16, so shares of training from 1/8 to 1/6.
+EPOCHS, LOW, HIGH = 2, 1 / 8, 1 / 6
+# In the training sets of the configs that are shipped; COCO's that have annotations.
+IMAGES = {
+    "coco_2017_train": 117266,
+    "coco_2017_train_panoptic_separated": 117266,
+    "ade20k_sem_seg_train": 20210,
+    "digits_train": 2000,
+    "digits_train_sem_seg": 2000,
+    "digits_train_panoptic": 2000,
+}
 # Iterations to each side of the end of warm-up in which the paper clips.
 CLIP = 100
 # The paper has hardly a run below (Faster R-CNN, batch 1536: 924).
@@ -36,6 +47,11 @@ class Baseline(NamedTuple):
     agvm: dict | None = None  # a LazyConfig's
     betas: tuple[float, float] | None = None  # of Adam and LAMB
     eps: float = EPS["ADAMW"]
+    warmup: float = 0  # iterations
+    images: int | None = None  # of the training set; None: not known
+    eval_period: int = 0
+    clip: dict | None = None  # CLIP_GRADIENTS' keys, if it clips
+    config: CfgNode | DictConfig | None = None  # that all this is from
 
     @property
     def lazy(self) -> bool:
@@ -43,11 +59,27 @@ class Baseline(NamedTuple):
         return self.agvm is not None
 
 
+def warm_up(base: Baseline, batch: int) -> tuple[int, str]:
+    """Iterations at `batch`, and in words why so many: two epochs, but at most a sixth of training,
+    and never a smaller share of it than `base` has."""
+    shrink = base.batch / batch
+    if base.images is None:
+        length, why = base.max_iter * shrink * LOW, "an eighth of training"
+        why += "; with --images N, those of the training set, it is two epochs"
+    else:
+        length, why = EPOCHS * base.images / batch, f"two epochs of {base.images:,} images"
+        if length > base.max_iter * shrink * HIGH:
+            length, why = base.max_iter * shrink * HIGH, "a sixth of training: two epochs are more"
+    if base.warmup * shrink > length:
+        length, why = base.warmup * shrink, "the same share of training as in the config"
+    return max(2, round(length)), why
+
+
 def recipe(
     base: Baseline, batch: int, scaling: str | None = None, scale_betas: bool = False
 ) -> dict[str, dict]:
     """yacs keys for training at `batch`, on as many images as `base`; or, with "gain", as long as
-    the gain asks.
+    the gain asks. None at the batch of `base`.
 
     Args:
         scaling: of `scaled_lr`; by default "sqrt" for Adam, LAMB and Muon, else "linear-sqrt".
@@ -65,6 +97,8 @@ def recipe(
             f"{'another optimizer' if base.betas is None else 'one of them'} and the rule is "
             f"{scaling}"
         )
+    if batch == base.batch:
+        return {}
     if scaling == "gain":
         if batch < base.batch:
             raise ValueError(f"--batch-size {batch}: is below {base.batch}, the config's own")
@@ -74,17 +108,25 @@ def recipe(
     lr = scaled_lr(batch, scaling, base.lr, base.batch)
     shrink = base.batch / batch
     iterations = round(base.max_iter * shrink)
-    warmup = round(iterations * WARMUP)
-    if warmup < 2:
+    if iterations * LOW < 1.5:
         raise ValueError(
             f"--batch-size {batch}: {iterations} iterations would be left of the "
             f"{base.max_iter} at batch {base.batch}; train longer or take a smaller one"
         )
+    warmup, _ = warm_up(base, batch)
     window = min(CLIP, warmup)
+    clip: dict[str, Any] = {"ENABLED": True, "CLIP_TYPE": "full_model", "CLIP_VALUE": 1.0}
+    first, last = warmup - window, warmup + window + 1
+    if base.clip:  # its type and value stay; a window goes where the end of warm-up goes
+        clip, before = {}, base.clip.get("ITER_RANGE") or (0, base.max_iter)
+        first, last = min(first, before[0]), last if before[1] < base.max_iter else 0
+    if last:
+        clip["ITER_RANGE"] = (first, last)
     adam = {}
     if scale_betas and base.betas:
         betas, eps = adam_scaled(batch / base.batch, base.betas, base.eps)
         adam = {"BETAS": tuple(float(f"{b:.6g}") for b in betas), "EPS": float(f"{eps:.3g}")}
+    period = max(1, round(base.eval_period * shrink))
     return {
         "SOLVER": {
             "IMS_PER_BATCH": batch,
@@ -96,56 +138,90 @@ def recipe(
             "WARMUP_METHOD": "exp",
             "WARMUP_FACTOR": 0.001,
             "WARMUP_ITERS": warmup,
-            "CLIP_GRADIENTS": {
-                "ENABLED": True,
-                "CLIP_TYPE": "full_model",
-                "CLIP_VALUE": 1.0,
-                "ITER_RANGE": (warmup - window, warmup + window + 1),
-            },
+            **({"CLIP_GRADIENTS": clip} if clip else {}),
         },
+        **({"TEST": {"EVAL_PERIOD": period}} if base.eval_period else {}),
         "AGVM": {
             "ENABLED": True,  # a baseline's config has it off
             "START_ITER": warmup + window,
-            "INTERVAL": 5 if batch > 1000 else 10,
+            **({"INTERVAL": 5} if batch > 1000 else {}),
         },
     }
 
 
-def as_yaml(keys: dict) -> str:
-    """To paste below a yacs config."""
-
-    def texts(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: texts(inner) for key, inner in value.items()}
-        return str(value) if isinstance(value, tuple) else value
-
-    return yaml.safe_dump(texts(keys), sort_keys=False).replace("'", "")
+def _old(config: Any, key: str) -> Any:
+    """A config's value, lists as tuples; None without one."""
+    for name in key.split("."):
+        config = config.get(name) if hasattr(config, "get") else None
+    return tuple(config) if isinstance(config, (list, ListConfig)) else config
 
 
-def as_python(keys: dict, agvm: dict) -> str:
+def as_yaml(keys: dict, config: CfgNode | None = None) -> str:
+    """To paste below a yacs config.
+
+    Args:
+        config: what it is pasted below; a comment has its value of each key that changes.
+    """
+
+    def lines(keys: dict, path: str) -> Iterator[str]:
+        for name, value in keys.items():
+            key = f"{path}{name}"
+            head, old = f"{'  ' * key.count('.')}{name}:", _old(config, key)
+            if isinstance(value, dict):
+                yield head
+                yield from lines(value, f"{key}.")
+                continue
+            # YAML's own spelling: 5e-09 would be a text.
+            text = str(value) if isinstance(value, tuple) else yaml.safe_dump(value).split("\n")[0]
+            yield f"{head} {text}" + (f"  # was {old}" if old not in (None, value) else "")
+
+    return "".join(f"{line}\n" for line in lines(keys, ""))
+
+
+def as_python(keys: dict, agvm: dict, config: DictConfig | None = None) -> str:
     """To paste below a LazyConfig; its schedule is in shares of training, and stays but for
     warm-up.
 
     Args:
         agvm: the config's own.
+        config: as for `as_yaml`.
     """
     solver = dict(keys["SOLVER"])
+    new = {name.lower(): value for name, value in keys["AGVM"].items()}
     lines = {
         "dataloader.train.total_batch_size": solver["IMS_PER_BATCH"],
-        "agvm": {**agvm, **{name.lower(): value for name, value in keys["AGVM"].items()}},
+        "agvm": {**agvm, **new},
     }
     if "MAX_ITER" in solver:
-        clip = {k.lower(): v for k, v in solver["CLIP_GRADIENTS"].items() if k != "ENABLED"}
         lines |= {
             "optimizer.lr": solver["BASE_LR"],
             **{f"optimizer.{k.lower()}": solver[k] for k in ("BETAS", "EPS") if k in solver},
             "train.max_iter": solver["MAX_ITER"],
             "train.checkpointer.period": solver["CHECKPOINT_PERIOD"],
-            "train.clip_gradients": clip,
             "lr_multiplier.warmup_factor": solver["WARMUP_FACTOR"],
             "lr_multiplier.warmup_length": solver["WARMUP_ITERS"] / solver["MAX_ITER"],
         }
-    return "".join(f"{key} = {value!r}\n" for key, value in lines.items())
+        clip = {k.lower(): v for k, v in solver.get("CLIP_GRADIENTS", {}).items()}
+        if clip.pop("enabled", False):
+            lines["train.clip_gradients"] = clip
+        elif clip:
+            lines["train.clip_gradients.iter_range"] = clip["iter_range"]
+        if "TEST" in keys:
+            lines["train.eval_period"] = keys["TEST"]["EVAL_PERIOD"]
+    text = ""
+    for key, value in lines.items():
+        old = _old(config, key)
+        if key == "agvm":
+            old = {k: agvm[k] for k, v in new.items() if agvm.get(k, v) != v} or None
+        text += f"{key} = {value!r}" + (f"  # was {old!r}" if old not in (None, value) else "")
+        text += "\n"
+    return text
+
+
+def _count(names: Sequence[str]) -> int | None:
+    """Images of datasets of these names together, if all are known."""
+    found = [IMAGES.get(name) for name in names]
+    return sum(n or 0 for n in found) if found and None not in found else None
 
 
 def read_baseline(path: str, allow_unsafe: bool = False) -> Baseline:
@@ -169,9 +245,11 @@ def read_baseline(path: str, allow_unsafe: bool = False) -> Baseline:
         given = CfgNode.load_yaml_with_base(path, allow_unsafe=True)
     except (AssertionError, yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"--config-file: '{path}' is not a YAML config: {error}") from None
-    cfg.SOLVER.set_new_allowed(True)
+    given = {key: given[key] for key in ("SOLVER", "DATASETS", "TEST", "AGVM") if key in given}
+    for key in given:
+        cfg[key].set_new_allowed(True)
     try:
-        cfg.merge_from_other_cfg(CfgNode({"SOLVER": given.get("SOLVER", {})}))
+        cfg.merge_from_other_cfg(CfgNode(given))
     except ValueError as error:
         raise naming_the_key(error) from None
     solver = cfg.SOLVER
@@ -184,6 +262,11 @@ def read_baseline(path: str, allow_unsafe: bool = False) -> Baseline:
         solver.OPTIMIZER in EPS,
         betas=tuple(solver.BETAS) if solver.OPTIMIZER in ("ADAMW", "LAMB") else None,
         eps=solver.EPS or EPS.get(solver.OPTIMIZER, 0.0),
+        warmup=solver.WARMUP_ITERS,
+        images=_count(cfg.DATASETS.TRAIN),
+        eval_period=cfg.TEST.EVAL_PERIOD,
+        clip=solver.CLIP_GRADIENTS if solver.CLIP_GRADIENTS.ENABLED else None,
+        config=cfg,
     )
 
 
@@ -204,7 +287,24 @@ def of_lazyconfig(cfg: DictConfig, path: str) -> Baseline:
     eps = cfg.optimizer.get("eps", EPS["LAMB" if "lamb" in target else "ADAMW"])
     batch, lr, max_iter = found
     agvm: Any = OmegaConf.to_container(cfg.get("agvm") or OmegaConf.create({}))
-    return Baseline(batch, lr, max_iter, (), period, adam, agvm, betas, eps)
+    names = OmegaConf.select(cfg, "dataloader.train.dataset.names", default=())
+    clip = OmegaConf.select(cfg, "train.clip_gradients") or {}
+    return Baseline(
+        batch,
+        lr,
+        max_iter,
+        (),
+        period,
+        adam,
+        agvm,
+        betas,
+        eps,
+        warmup=(OmegaConf.select(cfg, "lr_multiplier.warmup_length") or 0) * max_iter,
+        images=_count([names] if isinstance(names, str) else names),
+        eval_period=OmegaConf.select(cfg, "train.eval_period") or 0,
+        clip={name.upper(): value for name, value in clip.items()} or None,
+        config=cfg,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -218,6 +318,13 @@ def main(argv: list[str] | None = None) -> None:
         help="how the learning rate grows with the batch; default: by the optimizer",
     )
     parser.add_argument(
+        "--images",
+        type=int,
+        metavar="N",
+        help="of the training set, for a warm-up of two epochs; default: COCO's or another's that "
+        "is known, if the config names it",
+    )
+    parser.add_argument(
         "--scale-betas",
         action="store_true",
         help="with Adam, print its betas and eps for the batch, too (Malladi et al. 2022; untried)",
@@ -228,29 +335,45 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         base = read_baseline(args.config_file, args.allow_unsafe_yaml)
+        if args.images is not None:
+            require(args.images > 0, "--images", args.images, "be positive")
+            base = base._replace(images=args.images)
         keys = recipe(base, args.batch_size, args.scaling, args.scale_betas)
     except (ValueError, KeyError, OSError) as error:
         sys.exit(f"agvm_d2.recipe: error: {error}")
     print(f"# From batch {base.batch}, learning rate {base.lr:g}, {base.max_iter:,} iterations.")
+    if not keys:
+        print("# That is the batch asked for: nothing needs to change.")
+        return
     if args.scaling == "gain":
+        periods = "train.eval_period and" if base.lazy else "TEST.EVAL_PERIOD and"
+        periods += " train.checkpointer.period" if base.lazy else " SOLVER.CHECKPOINT_PERIOD"
         print(
             "# Learning rate, schedule and iterations stay; the run ends when its steps are worth\n"
-            f"# {base.max_iter:,} of batch {base.batch}. `python -m agvm_d2.plan` says when."
+            f"# {base.max_iter:,} of batch {base.batch}. `python -m agvm_d2.plan` says when.\n"
+            f"# {periods} still count iterations."
         )
-    elif keys["SOLVER"]["MAX_ITER"] < FEW_ITERATIONS:
-        print(
-            f"# {keys['SOLVER']['MAX_ITER']} iterations are few for any method: the paper rarely "
-            f"goes below {FEW_ITERATIONS}."
-        )
+    else:
+        print(f"# Warm-up is {warm_up(base, args.batch_size)[1]}.")
+        if base.clip:
+            found = f"{base.clip.get('CLIP_TYPE')}, {base.clip.get('CLIP_VALUE')}"
+            print(f"# The gradients are clipped as in the config ({found}).")
+        if keys["SOLVER"]["MAX_ITER"] < FEW_ITERATIONS:
+            print(
+                f"# {keys['SOLVER']['MAX_ITER']} iterations are few for any method: the paper "
+                f"rarely goes below {FEW_ITERATIONS}."
+            )
     if 0 in keys["SOLVER"].get("BETAS", ()):
         print("# A beta of 0 keeps no average: this batch is beyond what --scale-betas is for.")
     micro = "train.micro_batch_size" if base.lazy else "SOLVER.MICRO_BATCH_SIZE"
-    period = "train.eval_period" if base.lazy else "TEST.EVAL_PERIOD"
     print(
         "# AGVM compares the gradients of workers or of micro-batches: with one GPU set\n"
-        f"# {micro} to what fits into its memory. {period} is not changed."
+        f"# {micro} to what fits into its memory."
     )
-    print(as_yaml(keys) if base.agvm is None else as_python(keys, base.agvm), end="")
+    if base.agvm is None:
+        print(as_yaml(keys, base.config), end="")
+    else:
+        print(as_python(keys, base.agvm, base.config), end="")
 
 
 if __name__ == "__main__":

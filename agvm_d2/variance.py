@@ -122,3 +122,12 @@ def noise_scale(
     spread = (unit_sq - mean_sq).clamp(min=0) / (num_units - 1)
     signal = mean_sq - spread
     return torch.where(signal > 0, unit_batch * num_units * spread / signal, torch.nan)
+
+
+def gain_of(signal: float, base: int, batch: int) -> float:
+    """(1 + B/base)/(1 + B/batch) of the noise scale B = 1/signal: `lr_gain`, of averages.
+
+    >>> gain_of(1 / 48, base=16, batch=64)  # 4 / 1.75
+    2.285714285714286
+    """
+    return (signal + 1 / base) / (signal + 1 / batch)

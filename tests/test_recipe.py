@@ -4,7 +4,7 @@ import pytest
 import yaml
 from detectron2.config import get_cfg
 from detectron2.model_zoo import get_config_file
-from helpers import VITDET
+from helpers import DIGITS, VITDET
 
 from agvm_d2 import add_agvm_config, recipe
 from agvm_d2.d2 import lazy
@@ -37,9 +37,80 @@ def test_what_it_prints_can_be_pasted_and_is_the_papers_recipe(capsys, tmp_path)
     assert solver.BASE_LR == 0.32  # 0.16 * sqrt(512 / 128)
     assert solver.CHECKPOINT_PERIOD == 156  # 5,000 x 16 / 512
     assert solver.MAX_ITER == 2812 and solver.STEPS == (1875, 2500)  # 90,000 x 16 / 512
-    assert solver.WARMUP_ITERS == 352 and solver.WARMUP_METHOD == "exp"
-    assert solver.CLIP_GRADIENTS.ITER_RANGE == (252, 453)
-    assert cfg.AGVM.START_ITER == 452 and cfg.AGVM.INTERVAL == 10
+    assert solver.WARMUP_ITERS == 458  # two epochs: 2 x 117,266 / 512
+    assert solver.WARMUP_METHOD == "exp" and "is two epochs of 117,266 images" in out
+    assert solver.CLIP_GRADIENTS.ITER_RANGE == (358, 559)
+    assert cfg.AGVM.START_ITER == 558 and cfg.AGVM.INTERVAL == 10
+
+
+def test_a_comment_has_what_each_key_was(capsys, tmp_path):
+    out = run(capsys, "--config-file", FASTER, "--batch-size", 512)
+    assert "  BASE_LR: 0.32  # was 0.02\n  MAX_ITER: 2812  # was 90000\n" in out
+    assert "  STEPS: (1875, 2500)  # was (60000, 80000)\n" in out
+    assert "    ENABLED: true  # was False\n    CLIP_TYPE: full_model  # was value\n" in out
+    assert "  WARMUP_FACTOR: 0.001\n" in out  # the same
+    gain = run(capsys, "--config-file", VITDET, "--batch-size", 64, "--rule", "gain")
+    assert "total_batch_size = 64  # was 16\n" in gain
+    assert "# was {'rule': 'variance', 'momentum': 0.97, 'start_iter': 100}\n" in gain
+
+
+@pytest.mark.parametrize("path, batch", [(FASTER, 16), (DIGITS, 64), (VITDET, 16)])
+@pytest.mark.parametrize("rule", [[], ["--rule", "gain"]])
+def test_nothing_changes_at_the_configs_own_batch(path, batch, rule, capsys):
+    out = run(capsys, "--config-file", path, "--batch-size", batch, *rule)
+    assert all(line.startswith("#") for line in out.splitlines())
+    assert "nothing needs to change" in out
+
+
+@pytest.mark.parametrize(
+    "max_iter, warmup, images, batch, expected, why",
+    [
+        (9000, 0, 6000, 64, 188, "two epochs"),  # 2 x 6,000 / 64, of 24 epochs
+        (2250, 0, 6000, 64, 94, "a sixth"),  # of 562.5: six epochs
+        (9000, 0, None, 64, 281, "an eighth.*--images"),  # of 2,250
+        (9000, 2000, 6000, 64, 500, "the same share"),  # 2,000 x 16 / 64
+        (9000, 0, 10, 64, 2, "two epochs"),
+    ],
+)
+def test_warm_up(max_iter, warmup, images, batch, expected, why):
+    base = recipe.Baseline(16, 0.02, max_iter, warmup=warmup, images=images)
+    iterations, words = recipe.warm_up(base, batch)
+    assert iterations == expected and re.match(why, words)
+    assert recipe.recipe(base, batch)["SOLVER"]["WARMUP_ITERS"] == expected
+
+
+def test_the_number_of_images_of_another_dataset(capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"_BASE_: {FASTER}\nDATASETS: {{TRAIN: '(\"mine\",)'}}")
+    args = ["--config-file", tmp_path / "c.yaml", "--batch-size", 64]
+    assert "WARMUP_ITERS: 2812" in run(capsys, *args)  # of 22,500
+    assert "WARMUP_ITERS: 625" in run(capsys, *args, "--images", 20000)
+
+
+def clipped(folder, clip, more=""):
+    """What a config with this CLIP_GRADIENTS becomes at four times its batch."""
+    path = folder / "clipped.yaml"
+    path.write_text(f"_BASE_: {FASTER}\nSOLVER: {{CLIP_GRADIENTS: {clip}}}\n{more}")
+    return recipe.recipe(recipe.read_baseline(str(path)), 64)
+
+
+def test_clipping_that_works_stays(capsys, tmp_path):
+    theirs = "{ENABLED: True, CLIP_TYPE: full_model, CLIP_VALUE: 0.01%s}"
+    assert "CLIP_GRADIENTS" not in clipped(tmp_path, theirs % "")["SOLVER"]
+    # Always, said otherwise.
+    always = clipped(tmp_path, theirs % ", ITER_RANGE: '(0, 90000)'")
+    assert "CLIP_GRADIENTS" not in always["SOLVER"]
+    # A window moves with the end of warm-up, 2 x 117,266 / 64 = 3,665; it does not start later.
+    for before, first in (("(900, 1101)", 900), ("(5000, 5201)", 3565)):
+        keys = clipped(tmp_path, theirs % f", ITER_RANGE: '{before}'")["SOLVER"]["CLIP_GRADIENTS"]
+        assert keys == {"ITER_RANGE": (first, 3766)}
+    out = run(capsys, "--config-file", tmp_path / "clipped.yaml", "--batch-size", 64)
+    assert "clipped as in the config (full_model, 0.01)" in out
+    assert "ITER_RANGE: (3565, 3766)  # was (5000, 5201)" in out
+
+
+def test_evaluations_are_as_many_as_before(tmp_path):
+    assert "TEST" not in clipped(tmp_path, "{}")
+    assert clipped(tmp_path, "{}", "TEST: {EVAL_PERIOD: 5000}")["TEST"] == {"EVAL_PERIOD": 1250}
 
 
 def test_steps_that_fall_together_or_to_nothing_are_left_out():
@@ -88,7 +159,24 @@ def test_a_lazyconfig_takes_what_is_printed(capsys, tmp_path):
             scale = before.batch / 64
             assert cfg.train.max_iter == round(before.max_iter * scale)
             assert cfg.optimizer.lr == pytest.approx(before.lr / scale, rel=1e-2)
-            assert cfg.lr_multiplier.warmup_length == pytest.approx(1 / 8, rel=0.05)
+            # Two epochs of six are a third of training.
+            assert cfg.lr_multiplier.warmup_length == pytest.approx(1 / 6, rel=0.05)
+            assert cfg.train.clip_gradients == lazy.load(VITDET, []).train.clip_gradients
+
+
+def test_a_lazyconfigs_evaluations_and_clipping():
+    cfg = lazy.load(VITDET, ["train.eval_period=100"])
+    cfg.train.clip_gradients = None
+    base = recipe.of_lazyconfig(cfg, VITDET)
+    out = recipe.as_python(recipe.recipe(base, 64), base.agvm, base.config)
+    # Of 188 iterations 31 are warm-up, to which there are 31 on each side.
+    clip = "{'clip_type': 'full_model', 'clip_value': 1.0, 'iter_range': (0, 63)}"
+    assert f"train.clip_gradients = {clip}\n" in out
+    assert "train.eval_period = 25  # was 100\n" in out
+    cfg.train.clip_gradients = {"clip_type": "norm", "clip_value": 0.1, "iter_range": [0, 161]}
+    base = recipe.of_lazyconfig(cfg, VITDET)
+    out = recipe.as_python(recipe.recipe(base, 64), base.agvm, base.config)
+    assert "train.clip_gradients.iter_range = (0, 63)  # was (0, 161)\n" in out
 
 
 def test_agvm_is_on_also_from_a_baseline_without_it(tmp_path):
@@ -119,7 +207,7 @@ def test_adams_betas_where_they_are_asked_for(capsys, tmp_path):
     assert "A beta of 0" in run(capsys, *args[:3], 256, "--scale-betas")
 
     lazily = run(capsys, "--config-file", VITDET, "--batch-size", 64, "--scale-betas")
-    assert "optimizer.betas = (0.6, 0.996)\noptimizer.eps = 5e-09\n" in lazily
+    assert "betas = (0.6, 0.996)  # was (0.9, 0.999)\noptimizer.eps = 5e-09\n" in lazily
 
 
 @pytest.mark.parametrize("rule", ["linear", "gain"])
@@ -148,6 +236,7 @@ def test_bad_files(tmp_path, text, message):
     [
         (["--config-file", "no.yaml", "--batch-size", "64"], "'no.yaml' is not a file"),
         (["--config-file", FASTER, "--batch-size", "0"], "batch: found 0"),
+        (["--config-file", FASTER, "--batch-size", "64", "--images", "0"], "--images: found 0"),
         (["--config-file", FASTER, "--batch-size", "1000000"], "1 iterations would be left"),
         (["--config-file", FASTER, "--batch-size", "8", "--rule", "gain"], "8: is below 16"),
         (

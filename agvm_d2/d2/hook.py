@@ -3,6 +3,9 @@
 from __future__ import annotations
 import dataclasses
 import logging
+import math
+import statistics
+from collections.abc import Sequence
 from textwrap import indent
 from typing import Any
 import torch
@@ -17,10 +20,41 @@ from ..modulator import Modulator
 from ..modules import module_table
 from ..moments import CommHook
 from ..settings import Settings
+from ..variance import gain_of
 from .gain_schedule import GainSchedule
 from .micro_batches import micro_batches as micro_batches_of
 
 logger = logging.getLogger("detectron2.agvm_d2")
+
+
+def noise_summary(noise: Sequence[float], batch: int) -> str:
+    """What a monitored run says about its batch, in words.
+
+    Args:
+        noise: noise scales of the whole model in images; NaN where noise drowned the gradient.
+        batch: images of one iteration.
+    """
+    known = [images for images in noise if math.isfinite(images)]
+    if 2 * len(known) < len(noise):
+        return (
+            f"model: noise drowns the gradient at batch {batch}, and the noise scale is known from "
+            f"only {len(known)} of {len(noise)} measurements. A larger batch would save "
+            "iterations; how many is not known."
+        )
+    # As agvm_d2.plan: what was not measurable is all noise.
+    signal = [1 / max(images, 1e-9) if math.isfinite(images) else 0.0 for images in noise]
+
+    def would(times: int) -> str:  # with so many times the batch
+        left = statistics.fmean(1 / gain_of(s, batch, times * batch) for s in signal)
+        saved, read = 100 * (1 - left), times * left
+        return f"save {saved:.0f} % of the iterations and read {read:.2f} times the images"
+
+    return (
+        f"model: noise scale of {statistics.median(known):,.0f} images at batch {batch} (median of "
+        f"{len(known)} of {len(noise)} measurements). By the gain, twice the batch would "
+        f"{would(2)}; four times the batch would {would(4)}. `python -m agvm_d2.plan OUTPUT_DIR "
+        "--batches N ...` says so for any batch."
+    )
 
 
 class AGVMHook(HookBase):
@@ -71,6 +105,7 @@ class AGVMHook(HookBase):
         self._heard_by: object = None  # the inner trainer
         self._schedule: GainSchedule | None = None
         self._loaded = False
+        self._noise: list[float] = []  # the model's noise scales, monitored in this run
 
     @classmethod
     def from_config(cls, cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
@@ -160,6 +195,8 @@ class AGVMHook(HookBase):
         if self.agvm.measured:
             for name, value in self.agvm.scalars().items():
                 storage.put_scalar(name, value, smoothing_hint=False)
+            if self.agvm.batch_size and self.agvm.settings.mode == "monitor":
+                self._noise.append(self.noise_scale()["model"])
         found = modulator.num_units and not modulator.variance.isnan().all()
         if found and modulator.active(storage.iter) and (storage.iter + 1) % self._log_period == 0:
             line = "  ".join(
@@ -169,6 +206,10 @@ class AGVMHook(HookBase):
                 )
             )
             used = self.agvm.settings.mode == "modulate"
+            if self.agvm.batch_size:
+                noise = self.noise_scale()["model"]
+                line += "  noise scale of the model "
+                line += "not measurable" if math.isnan(noise) else f"{noise:,.0f} images"
             if self.agvm.settings.by_gain:
                 agvm = self.agvm
                 line += f"  progress {agvm.progress:.0f} of {agvm.max_iter}, x{agvm.gain:.2f}"
@@ -176,6 +217,9 @@ class AGVMHook(HookBase):
 
     def after_train(self) -> None:
         self.agvm.detach()
+        if self._noise and self.agvm.batch_size:
+            logger.info(f"AGVM, monitored: {noise_summary(self._noise, self.agvm.batch_size)}")
+        self._noise = []
 
     def noise_scale(self) -> dict[str, float]:
         """Images, see `Modulator.noise_scale`."""

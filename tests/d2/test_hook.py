@@ -1,5 +1,6 @@
 """AGVMHook's events, without a trainer."""
 
+import math
 import re
 from types import SimpleNamespace
 import bad_values
@@ -15,6 +16,7 @@ from toy import MODULES, ToyDetector, batch, factors, loss
 from toy_d2 import toy_config
 
 from agvm_d2 import AGVMHook, split_param_groups
+from agvm_d2.d2.hook import noise_summary
 from agvm_d2.modules import assign_modules, module_table
 
 
@@ -125,9 +127,12 @@ def test_scalars_and_the_line_in_the_log(d2_log):
     model = ToyDetector()
     optimizer = sgd(model)
     hook = make_hook(model, optimizer, batch_size=8, log_period=2)
+    said = []
     with EventStorage(0) as storage:
         for i in range(3):
             step(hook, model, optimizer, i)
+            noise = hook.noise_scale()["model"]
+            said.append("not measurable" if math.isnan(noise) else f"{noise:,.0f} images")
             latest = storage.latest()
             storage.step()
     for i, name in enumerate(MODULES):
@@ -139,6 +144,13 @@ def test_scalars_and_the_line_in_the_log(d2_log):
     assert any("noise_scale" in name for name in latest)
     lines = [r.getMessage() for r in d2_log.records if "variance and LR factor" in r.getMessage()]
     assert len(lines) == 1 and all(name in lines[0] for name in MODULES)
+    assert lines[0].endswith(f"  noise scale of the model {said[1]}")
+
+
+def test_no_noise_scale_in_the_log_without_a_batch_size(d2_log):
+    model = ToyDetector()
+    run(model, sgd(model), log_period=1)
+    assert "variance and LR factor" in d2_log.text and "noise scale" not in d2_log.text
 
 
 def test_scalars_are_written_where_an_iteration_was_measured():
@@ -161,6 +173,37 @@ def test_the_log_line_ends_with_the_factors(d2_log):
             step(hook, model, optimizer, i)
             storage.step()
     assert d2_log.text.count("variance and LR factor, not used,") == 2
+
+
+@pytest.mark.parametrize("options, times", [({"mode": "monitor"}, 1), ({"mode": "modulate"}, 0)])
+def test_a_monitored_run_ends_with_a_summary(d2_log, options, times):
+    model = ToyDetector()
+    hook, _ = run(model, sgd(model), steps=4, interval=2, batch_size=8, **options)
+    hook.after_train()
+    hook.after_train()
+    assert d2_log.text.count("AGVM, monitored: model: ") == times
+    assert d2_log.text.count("of 2 measurements") == times
+
+
+def test_the_summary_in_words():
+    # (1 + 64/64)/(1 + 64/128) = 4/3 and 2/(1 + 64/256) = 8/5.
+    assert noise_summary([64.0] * 3, 64).startswith(
+        "model: noise scale of 64 images at batch 64 (median of 3 of 3 measurements). By the gain, "
+        "twice the batch would save 25 % of the iterations and read 1.50 times the images; four "
+        "times the batch would save 38 % of the iterations and read 2.50 times the images. "
+    )
+    # All signal: a larger batch saves nothing.
+    assert "would save 0 % of the iterations and read 2.00 times" in noise_summary([0.0], 64)
+
+
+def test_the_summary_counts_what_is_unknown_as_noise():
+    some = noise_summary([64.0, 64.0, math.nan, math.nan], 64)
+    assert "(median of 2 of 4 measurements)" in some
+    assert "twice the batch would save 38 %" in some  # half of the time 25 %, half 50 %
+    for few, known in (([64.0, math.nan, math.nan], 1), ([math.nan], 0)):
+        said = noise_summary(few, 64)
+        assert f"from only {known} of {len(few)} measurements" in said
+        assert "how many is not known" in said and "%" not in said
 
 
 def test_trained_twice_by_one_trainer_keeps_working():
