@@ -20,7 +20,7 @@ $(STAMP): setup.cfg pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv \
 	  $$($(PYTHON) -c 'import detectron2' 2>/dev/null && echo --system-site-packages) $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check \
-	  --editable '.[digits,test,dev'$$($(PY) -c 'import detectron2' 2>/dev/null || echo ,detectron2)']'
+	  --editable '.[digits,plot,test,dev'$$($(PY) -c 'import detectron2' 2>/dev/null || echo ,detectron2)']'
 	$(PY) -c 'import detectron2' 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check \
 	  --no-deps --only-binary=:all: --implementation cp --python-version 3.10 \
 	  --target "$$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" $(D2_WHEEL)

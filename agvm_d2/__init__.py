@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .agvm import AGVM
 from .param_groups import split_param_groups
 from .settings import Settings
+from .validate import INSTALL_DETECTRON2
 
 if TYPE_CHECKING:
     from .d2.config import add_agvm_config
@@ -53,7 +54,6 @@ def __getattr__(name: str) -> Any:
         if error.name not in ("detectron2", "yaml"):  # PyYAML comes with Detectron2
             raise
         raise ModuleNotFoundError(
-            f"agvm_d2.{name} needs Detectron2, which is not installed: "
-            "pip install 'git+https://github.com/facebookresearch/detectron2.git'",
+            f"agvm_d2.{name} needs Detectron2, which is not installed: {INSTALL_DETECTRON2}",
             name="detectron2",
         ) from error

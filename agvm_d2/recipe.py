@@ -10,6 +10,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from . import model_zoo
 from .d2.config import add_agvm_config, naming_the_key
 from .d2.yaml_files import check_yaml
 from .solver.build import EPS
@@ -238,6 +239,7 @@ def read_baseline(path: str, allow_unsafe: bool = False) -> Baseline:
         from .d2.lazy import load
 
         return of_lazyconfig(load(path, []), path)
+    path = model_zoo.find(path)
     check_yaml(path, allow_unsafe)
     cfg = get_cfg()
     add_agvm_config(cfg)

@@ -4,6 +4,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
+INSTALL_DETECTRON2 = (
+    "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
+)
+
 
 def is_int(value: Any) -> bool:
     """A whole number; True is none."""

@@ -7,19 +7,35 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
+import detectron2
 import torch
 from detectron2.config import CfgNode as CN
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import HookBase
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, GeneralizedRCNN
 
 from ..settings import Settings
 from ..solver.build import OPTIMIZERS
 from ..solver.clip import CLIP_TYPES, check_clip_value
-from ..validate import holds, is_int, is_number, one_of, require
+from ..validate import INSTALL_DETECTRON2, holds, is_int, is_number, one_of, require
 from .micro_batches import micro_batches
 
 STOP_OR_SKIP = ("stop", "skip")
 WARMUP_METHODS = ("constant", "linear", "exp")
+
+
+def check_detectron2() -> None:
+    """See that Detectron2's trainers call hooks between the backward pass and the step.
+
+    Raises:
+        ImportError: they do not; says which Detectron2 was found, and how to get one that does.
+    """
+    if not hasattr(HookBase, "after_backward"):
+        raise ImportError(
+            f"The Detectron2 in '{os.path.dirname(detectron2.__file__)}' (version "
+            f"{detectron2.__version__}) has no HookBase.after_backward, where AGVM measures. "
+            f"Its main branch has it since March 2023, release 0.6 not: {INSTALL_DETECTRON2}"
+        )
 
 
 def check_whole(key: str, value: Any, low: int) -> None:

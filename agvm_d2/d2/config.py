@@ -7,6 +7,7 @@ import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
+from .. import model_zoo
 from ..settings import Settings
 from .yaml_files import check_yaml
 
@@ -58,6 +59,7 @@ def read_config(path: str, opts: list, allow_unsafe: bool = False, cfg: CN | Non
     """Detectron2's config with this package's keys, the file and then `opts`, KEY VALUE pairs.
 
     Args:
+        path: a file, or a name of the model zoo.
         allow_unsafe: let the file's !!python tags run code, as Detectron2 does.
         cfg: a config with a project's keys instead of Detectron2's; it is changed.
 
@@ -66,6 +68,7 @@ def read_config(path: str, opts: list, allow_unsafe: bool = False, cfg: CN | Non
     """
     cfg = get_cfg() if cfg is None else cfg
     add_agvm_config(cfg)
+    path = model_zoo.find(path)
     check_yaml(path, allow_unsafe)
     flags = [key for key in opts[::2] if key.startswith("--")]
     if flags:  # argparse takes all that follows the first key for keys and values

@@ -21,6 +21,7 @@ from ..modules import module_table
 from ..moments import CommHook
 from ..settings import Settings
 from ..variance import gain_of
+from .checks import check_detectron2
 from .gain_schedule import GainSchedule
 from .micro_batches import micro_batches as micro_batches_of
 
@@ -92,7 +93,9 @@ class AGVMHook(HookBase):
         Raises:
             TypeError: there is no such setting.
             ValueError: see `AGVM`.
+            ImportError: see `check_detectron2`.
         """
+        check_detectron2()
         self.agvm = AGVM(
             model,
             optimizer,

@@ -34,6 +34,7 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from .. import model_zoo
 from ..settings import Settings
 from ..shards import is_sharded
 from ..solver.clip import CLIP_TYPES, clip_gradients, skip_nonfinite_steps
@@ -67,13 +68,13 @@ def _as_dict(node: DictConfig) -> dict[str, Any]:
 
 
 def load(path: str, overrides: list[str]) -> DictConfig:
-    """The LazyConfig of a .py file, with overrides as KEY=VALUE.
+    """The LazyConfig of a .py file, or of the model zoo, with overrides as KEY=VALUE.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: a config that does not load, or an override that does not fit it.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"--config-file: '{path}' is not a file")
+    path = model_zoo.find(path)
     try:
         cfg = LazyConfig.load(path)
     except Exception as error:  # the file is code: anything
@@ -115,7 +116,9 @@ def check(cfg: DictConfig, num_workers: int, eval_only: bool = False) -> None:
     for key in KEYS:
         if key not in cfg:
             hint = "; dict(enabled=False) trains without it" if key == "agvm" else ""
-            raise ValueError(f"The config has no '{key}': see the examples in configs/{hint}.")
+            raise ValueError(
+                f"The config has no '{key}': see the .py ones of agvm_d2.model_zoo{hint}."
+            )
     for key, known in (("agvm", AGVM_KEYS), ("train.clip_gradients", CLIP_KEYS)):
         node = OmegaConf.select(cfg, key)
         if node is None and key != "agvm":
