@@ -8,7 +8,7 @@ import agvm_d2
 
 CORE = (
     "agvm", "settings", "modules", "norms", "moments", "split", "variance", "rules", "modulator",
-    "param_groups", "validate",
+    "param_groups", "validate", "model_zoo",
 )  # fmt: skip
 WING = ("AGVMHook", "AGVMTrainer", "AGVMTrainerMixin", "add_agvm_config", "build_optimizer")
 
@@ -48,6 +48,15 @@ assert list(agvm.modules) == ["backbone", "head"]
 print(agvm.measured, agvm.modulator.factors[1] != 1)
 """
 
+COMMAND = """
+sys.argv = ["agvm-train", "--config-file", "a.yaml"]
+import agvm_d2.train
+try:
+    agvm_d2.train.main()
+except SystemExit as error:
+    print(error)
+"""
+
 ASK = f"""
 import agvm_d2
 for name in {WING}:
@@ -71,10 +80,15 @@ def test_the_core_trains_without_detectron2():
 
 
 def test_the_rest_says_in_one_line_how_to_get_detectron2():
-    said = "agvm_d2.{} needs Detectron2, which is not installed: pip install 'git+https://"
+    said = "agvm_d2.{} needs Detectron2, which is not installed: pip install --no-build"
     lines = python(WITHOUT + ASK)
     assert len(lines) == len(WING)
     assert all(line.startswith(said.format(name)) for name, line in zip(WING, lines))
+
+
+def test_the_training_command_does_too():
+    (line,) = python(WITHOUT + COMMAND)
+    assert line.startswith("agvm_d2.train: error: Detectron2 is needed, and is not installed: pip")
 
 
 def test_every_public_name_is_there_and_no_other():

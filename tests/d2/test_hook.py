@@ -7,7 +7,7 @@ import bad_values
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.engine import TrainerBase
+from detectron2.engine import HookBase, TrainerBase
 from detectron2.solver import LRMultiplier
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils.events import EventStorage
@@ -57,6 +57,15 @@ def run(model, optimizer, steps=3, **kwargs):
             step(hook, model, optimizer, i)
             storage.step()
     return hook, list(wanted.values())
+
+
+def test_a_detectron2_without_the_event_is_refused(monkeypatch):
+    """Release 0.6 has no `after_backward`."""
+    monkeypatch.delattr(HookBase, "after_backward")
+    model = ToyDetector()
+    message = r"Detectron2 in '.*detectron2' .version .* has no HookBase.after_backward.*: pip inst"
+    with pytest.raises(ImportError, match=message):
+        AGVMHook(model, sgd(model))
 
 
 def test_a_loop_without_a_trainer_counts_by_its_event_storage():

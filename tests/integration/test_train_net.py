@@ -6,9 +6,11 @@ import re
 import shutil
 import pytest
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.engine import HookBase
 from helpers import COCO, DIGITS, agvm_state, args, command, read
 
 import train_net
+from agvm_d2 import train
 
 SHORT = (
     "SOLVER.IMS_PER_BATCH 8 SOLVER.MICRO_BATCH_SIZE 2 SOLVER.MAX_ITER 4 SOLVER.WARMUP_ITERS 1 "
@@ -99,6 +101,22 @@ def test_bad_config_values(opts, message, tmp_path):
     with pytest.raises((ValueError, KeyError, OSError), match=message):
         train_net.setup(args("OUTPUT_DIR", tmp_path / "out", *opts))
     assert not (tmp_path / "out").exists()  # nothing was written
+
+
+def test_a_config_of_the_model_zoo_and_one_that_is_nowhere(digits, tmp_path):
+    name = "Digits-Detection/faster_rcnn_thin_R_50_FPN_bs64_agvm.yaml"
+    found = args("OUTPUT_DIR", tmp_path, "SOLVER.BASE_LR", 0.5, config=name)
+    cfg = train_net.setup(found)
+    assert cfg.SOLVER.BASE_LR == 0.5 and cfg.SOLVER.IMS_PER_BATCH == 64
+    assert os.path.isfile(found.config_file)  # which Detectron2 opens for its log
+    with pytest.raises(FileNotFoundError, match="is not a file, nor is .* close to it"):
+        train_net.setup(args(config=name.replace("bs64", "bs63")))
+
+
+def test_a_detectron2_that_is_too_old_is_one_line(monkeypatch, capsys):
+    monkeypatch.delattr(HookBase, "after_backward")
+    with pytest.raises(SystemExit, match="^agvm_d2.train: error: The Detectron2 in "):
+        train.main(["--config-file", DIGITS])
 
 
 def test_an_output_folder_that_cannot_be_made(tmp_path):
