@@ -5,7 +5,9 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.agvm_d2
 
-D2_WHEEL := sal-detectron2==0.7.2
+# What it is, and lacks: docs/install.md.
+D2_WHEEL := sal-detectron2==0.7.2 \
+  --hash=sha256:491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561
 DEMO_CONFIG := configs/Digits-Detection/faster_rcnn_thin_R_50_FPN_bs64_agvm.yaml
 
 .PHONY: setup smoke demo test-fast test test-all lint docs gpu-check clean
@@ -21,9 +23,9 @@ $(STAMP): setup.cfg pyproject.toml
 	  $$($(PYTHON) -c 'import detectron2' 2>/dev/null && echo --system-site-packages) $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check \
 	  --editable '.[digits,plot,test,dev'$$($(PY) -c 'import detectron2' 2>/dev/null || echo ,detectron2)']'
-	$(PY) -c 'import detectron2' 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check \
-	  --no-deps --only-binary=:all: --implementation cp --python-version 3.10 \
-	  --target "$$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" $(D2_WHEEL)
+	$(PY) -c 'import detectron2' 2>/dev/null || echo '$(D2_WHEEL)' | $(PY) -m pip install --quiet \
+	  --disable-pip-version-check --no-deps --only-binary=:all: --implementation cp --python-version 3.10 \
+	  --target "$$($(PY) -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')" -r /dev/stdin
 	$(PY) -c 'import detectron2.engine'
 	@touch $@
 

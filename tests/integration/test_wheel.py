@@ -90,7 +90,7 @@ def test_the_wheel_trains_in_two_workers_and_its_commands_work(outside, bin, tmp
     )
     for config in (CONFIG, LAZY):
         assert "backbone" in outside("agvm-modules", "--config-file", config)
-    assert "nothing wrong" in outside("agvm-check-data", "digits_v2_val")
+    assert "nothing wrong" in outside("agvm-check-data", "digits_val")
     assert "agvm_d2.plan: error" in outside("agvm-plan", "none", "--batches", 8, ok=False)
     assert "agvm_d2.data.ade20k: error" in outside("agvm-ade20k", "none", ok=False)
     out = outside("agvm-train", "--config-file", "Digits.yaml", ok=False)
