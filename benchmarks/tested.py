@@ -71,7 +71,7 @@ def updated(page: str, row: list[str]) -> str:
 
 def main(arguments: list[str]) -> int:
     counter = Counter()
-    code = pytest.main(arguments, plugins=[counter])
+    code = pytest.main([*arguments], plugins=[counter])  # which adds to its list
     if code:
         return int(code)
     row = [

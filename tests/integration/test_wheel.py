@@ -73,10 +73,10 @@ def test_the_wheel_trains_in_two_workers_and_its_commands_work(outside, bin, tmp
     assert where.startswith(str(bin.parent))
     assert outside("agvm-configs").splitlines() == model_zoo.names()
 
-    flags = ("--config-file", CONFIG, "--num-gpus", 2, "--dist-url", "auto")
-    out = outside("python", "-m", "agvm_d2.train", *flags, *SHORT, "OUTPUT_DIR", "out")
+    two = ("--num-gpus", 2, "--dist-url", "auto", "--config-file")
+    out = outside("python", "-m", "agvm_d2.train", *two, CONFIG, *SHORT, "OUTPUT_DIR", "out")
     assert "Evaluation results for bbox" in out
-    flags = ("--config-file", f"configs/{CONFIG}", "--resume")
+    flags = (*two, f"configs/{CONFIG}", "--resume")
     out = outside("agvm-train", *flags, *SHORT, "SOLVER.MAX_ITER", 5, "OUTPUT_DIR", "out")
     assert "Starting training from iteration 4" in out
 
