@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -20,6 +20,7 @@ from agvm_d2.d2 import lazy
 from agvm_d2.d2.checkpoint import AtomicCheckpointer, iterations_done
 from agvm_d2.d2.checks import check_config, check_datasets, check_names, check_tta
 from agvm_d2.d2.config import read_config
+from agvm_d2.d2.imports import add_flag, import_project
 from agvm_d2.d2.launch import launch, worker_from_environment
 from agvm_d2.d2.needs import check_data, of_yacs
 from agvm_d2.d2.output_dir import FolderLock, config_kept, is_free, set_aside
@@ -35,6 +36,7 @@ def setup(args) -> CfgNode | DictConfig:
         ValueError, KeyError, OSError: names the config key or path, and what to do.
     """
     num_workers = args.num_gpus * args.num_machines
+    project = import_project(getattr(args, "imports", ()), get_cfg())
     if args.config_file.endswith(".py"):
         cfg = lazy.load(args.config_file, args.opts)
         lazy.check(cfg, num_workers, args.eval_only)
@@ -44,7 +46,8 @@ def setup(args) -> CfgNode | DictConfig:
         train = cfg.train
         values = (train.init_checkpoint, train.output_dir, train.device, train.max_iter)
     else:
-        cfg = read_config(args.config_file, args.opts, getattr(args, "allow_unsafe_yaml", False))
+        unsafe = getattr(args, "allow_unsafe_yaml", False)
+        cfg = read_config(args.config_file, args.opts, unsafe, project)
         cfg.freeze()
         scaled = AGVMTrainer.auto_scale_workers(cfg, num_workers)
         check_config(scaled, num_workers)
@@ -155,6 +158,7 @@ def invoke_main() -> None:
         action="store_true",
         help="let !!python tags in the config file run code",
     )
+    add_flag(parser)
     args = parser.parse_args()
     try:  # once, before any worker starts
         worker = worker_from_environment(args)
