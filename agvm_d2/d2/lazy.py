@@ -11,8 +11,8 @@ Beside Detectron2's keys a config has
     train.check_datasets    as DATALOADER.CHECK_DATASETS
     train.fsdp              dict of options of FSDP2, see `fsdp.DEFAULTS`; none: DDP
 
-A `dataloader.train` of Detectron2's `build_detection_train_loader`, without a sampler of its own,
-becomes a `ResumableLoader`, which a resumed run brings back to its place.
+What `dataloader.train` builds by Detectron2's `build_detection_train_loader` becomes a
+`ResumableLoader`, which a resumed run brings back to its place.
 """
 
 from __future__ import annotations
@@ -24,13 +24,10 @@ from collections.abc import Iterable
 from typing import Any, cast
 import torch
 from detectron2.config import CfgNode, LazyConfig, instantiate
-from detectron2.data import build_detection_train_loader
-from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import AMPTrainer, SimpleTrainer, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format, verify_results
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -43,21 +40,17 @@ from .checkpoint import AtomicCheckpointer
 from .checks import STOP_OR_SKIP, check_agvm, check_amp, check_device, check_whole
 from .fsdp import EvenLoader, alike, check_fsdp, precision, shard
 from .gain_schedule import TrainingDone
-from .handover import raise_open_files
 from .hook import AGVMHook
-from .loader import ResumableLoader, shared_seed
+from .loader import ResumableLoader, check_resumable, resumable
 from .micro_batches import STATIC_GRAPH, MicroBatchTrainer, autocast, split_batch
 from .needs import Needs, check_data, complete, of_lazy
 from .preemption import PreemptionHook
 from .resume import ConfigRecord, check_not_done
 from .run import RunOptions
-from .samples import SampleCheck
 from .trainer import create_ddp_model
 
 AGVM_KEYS = {"enabled", "log_period"} | {field.name for field in dataclasses.fields(Settings)}
 CLIP_KEYS = set(inspect.signature(clip_gradients).parameters) - {"optimizer"}
-LOADER_KEYS = {"_target_", "dataset", "mapper", "total_batch_size", "num_workers"}
-LOADER_KEYS |= {"aspect_ratio_grouping"}
 KEYS = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "agvm")
 
 
@@ -203,24 +196,19 @@ def run_options(cfg: DictConfig) -> RunOptions:
 
 
 def train_loader(cfg: DictConfig) -> ResumableLoader | Iterable[list[dict]]:
-    """A ResumableLoader where `dataloader.train` allows it, else what is configured there."""
-    raise_open_files()
-    node = cfg.dataloader.train
-    target = locate(node._target_) if isinstance(node._target_, str) else node._target_
-    if target is not build_detection_train_loader or set(node) - LOADER_KEYS:
-        return instantiate(node)
-    dicts, mapper = instantiate(node.dataset), instantiate(node.mapper)
-    return ResumableLoader(
-        dicts,
-        mapper,
-        node.total_batch_size // comm.get_world_size(),
-        lambda seed: TrainingSampler(len(dicts), seed=seed),
-        node.get("num_workers", 0),
-        node.get("aspect_ratio_grouping", True),
-        shared_seed(cfg.train.get("seed", -1)),
-        cfg.train.get("on_bad_image", "stop"),
-        SampleCheck.of(_names(cfg, "train"), mapper, cfg.train.get("check_datasets", True)),
-    )
+    """A ResumableLoader where `dataloader.train` allows it, else what is configured there.
+
+    Raises:
+        ValueError: train.on_bad_image "skip", and the loader does not know it.
+    """
+    train = cfg.train
+    on_bad_image = train.get("on_bad_image", "stop")
+    names, check_files = _names(cfg, "train"), train.get("check_datasets", True)
+    with resumable(names, train.get("seed", -1), on_bad_image, check_files) as made:
+        loader = instantiate(cfg.dataloader.train)
+    way_out = "Let dataloader.train be Detectron2's build_detection_train_loader"
+    check_resumable(loader, made, "train.on_bad_image", on_bad_image, way_out)
+    return loader
 
 
 def agvm_hook(
