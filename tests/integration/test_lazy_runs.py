@@ -69,7 +69,7 @@ def test_a_stock_config_trains_and_resumes(digits, tmp_path):
     (tmp_path / "stock.py").write_text(STOCK)
     options = (
         "train.micro_batch_size=2 agvm.start_iter=1 agvm.interval=1 agvm.momentum=0.5 "
-        "train.max_iter=4 train.checkpointer.period=2 train.seed=3 train.on_bad_image=skip "
+        "train.max_iter=3 train.checkpointer.period=2 train.seed=3 train.on_bad_image=skip "
         "dataloader.train.total_batch_size=4 dataloader.train.num_workers=0"
     ).split()
 

@@ -150,7 +150,7 @@ def test_a_project_with_a_mapper_of_its_own(trainer_class, enabled, digits, tmp_
     losses = train(tmp_path / "a", options, trainer_class)
     assert len(set(losses.values())) == 8 and "new order" not in d2_log.text
     folder = resumed_at(3, tmp_path / "a", tmp_path / "b")
-    again = train(folder, {**options, "DATALOADER__NUM_WORKERS": 2}, trainer_class)
+    again = train(folder, {**options, "DATALOADER__NUM_WORKERS": 1}, trainer_class)
     assert again == {i: losses[i] for i in range(4, 8)}
     whole, resumed = (torch.load(f / "model_final.pth") for f in (tmp_path / "a", folder))
     same(whole, resumed)
