@@ -19,6 +19,7 @@ from .validate import INSTALL_DETECTRON2
 if TYPE_CHECKING:
     from .d2.config import add_agvm_config
     from .d2.hook import AGVMHook
+    from .d2.loader import build_train_loader
     from .d2.trainer import AGVMTrainer, AGVMTrainerMixin
     from .solver import build_optimizer
 
@@ -32,6 +33,7 @@ __all__ = [
     "Settings",
     "add_agvm_config",
     "build_optimizer",
+    "build_train_loader",
     "split_param_groups",
 ]
 
@@ -41,6 +43,7 @@ _DETECTRON2 = {
     "AGVMTrainerMixin": ".d2.trainer",
     "add_agvm_config": ".d2.config",
     "build_optimizer": ".solver",
+    "build_train_loader": ".d2.loader",
 }
 
 

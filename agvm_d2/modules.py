@@ -195,18 +195,14 @@ warnings.filterwarnings("ignore", message="'agvm_d2.modules' found", category=Ru
 
 
 def main(argv: list[str] | None = None) -> None:
+    from .d2.imports import add_flag
+    from .d2.skeleton import model_of
+
     parser = argparse.ArgumentParser(
         description="Print the modules of a config's model, without training it."
     )
     parser.add_argument("--config-file", required=True, help="a YAML config or a LazyConfig (.py)")
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="MODULE[:FUNCTION]",
-        help="import a project's code first, and let FUNCTION(cfg) add its config keys; repeatable",
-    )
+    add_flag(parser)
     parser.add_argument(
         "--allow-unsafe-yaml", action="store_true", help="let !!python tags in the file run code"
     )
@@ -214,8 +210,6 @@ def main(argv: list[str] | None = None) -> None:
         "opts", nargs=argparse.REMAINDER, help="KEY VALUE, of a LazyConfig KEY=VALUE"
     )
     args = parser.parse_args(argv)
-    from .d2.skeleton import model_of
-
     try:
         model, patterns = model_of(
             args.config_file, args.opts, args.imports, args.allow_unsafe_yaml

@@ -236,9 +236,9 @@ def read_baseline(path: str, allow_unsafe: bool = False) -> Baseline:
         ValueError, OSError: not a config, or a YAML file that runs code.
     """
     if path.endswith(".py"):
-        from .d2.lazy import load
+        from .d2.lazy import read
 
-        return of_lazyconfig(load(path, []), path)
+        return of_lazyconfig(read(path), path)
     path = model_zoo.find(path)
     check_yaml(path, allow_unsafe)
     cfg = get_cfg()

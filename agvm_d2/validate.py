@@ -1,7 +1,8 @@
 """Checks of a user's values, whose messages name the key."""
 
 from __future__ import annotations
-from collections.abc import Callable, Collection
+import difflib
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 INSTALL_DETECTRON2 = (
@@ -36,3 +37,13 @@ def holds(condition: Callable[[Any], Any], value: Any) -> bool:
         return bool(condition(value))
     except TypeError:
         return False
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown `name`: which of `known` look like it, if any.
+
+    >>> did_you_mean("agvm.start_itr", ["agvm.start_iter", "train.device"])
+    '; did you mean agvm.start_iter?'
+    """
+    near = difflib.get_close_matches(name, list(known), cutoff=0.7)
+    return f"; did you mean {' or '.join(near)}?" if near else "."

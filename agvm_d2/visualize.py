@@ -1,18 +1,20 @@
 """`python -m agvm_d2.visualize --config-file CONFIG --out PNG [KEY VALUE ...]`: images of the test
-set, what is on them and what a trained model (MODEL.WEIGHTS) finds, side by side."""
+set, what is on them and what a trained model (MODEL.WEIGHTS) finds, side by side.
+
+A project's own datasets and models come with `--import`."""
 
 from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from detectron2.config import CfgNode, instantiate
+from detectron2.config import CfgNode, get_cfg, instantiate
 from detectron2.data import DatasetCatalog, DatasetMapper, Metadata, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
@@ -25,6 +27,7 @@ from .d2 import lazy
 from .d2.checkpoint import AtomicCheckpointer
 from .d2.checks import check_datasets, check_device
 from .d2.config import read_config
+from .d2.imports import add_flag, import_project
 
 SIDE = 480  # pixels of the shorter side of a drawn image, at least
 
@@ -53,18 +56,24 @@ def draw_prediction(
     return visualizer.draw_instance_predictions(found[found.scores >= threshold]).get_image()
 
 
-def load(config_file: str, opts: list[str]) -> tuple[nn.Module, Callable, str]:
+def load(
+    config_file: str, opts: list[str], imports: Sequence[str] = ()
+) -> tuple[nn.Module, Callable, str]:
     """A trained model in eval mode, its mapper of test images, and the name of the first test set.
 
+    Args:
+        imports: see `import_project`.
+
     Raises:
-        ValueError, KeyError, FileNotFoundError: names the config key.
+        ValueError, KeyError, FileNotFoundError: names the config key or import.
     """
+    project = import_project(imports, get_cfg())
     if config_file.endswith(".py"):
         cfg = lazy.load(config_file, opts)
         names, device = lazy.dataset_names(cfg, eval_only=True), cfg.train.device
         keys, weights = ("train.init_checkpoint", "train.device"), cfg.train.init_checkpoint
     else:
-        cfg = read_config(config_file, opts)
+        cfg = read_config(config_file, opts, cfg=project)
         names, device = cfg.DATASETS.TEST, cfg.MODEL.DEVICE
         keys, weights = ("MODEL.WEIGHTS", "MODEL.DEVICE"), cfg.MODEL.WEIGHTS
     if not names:
@@ -92,17 +101,24 @@ def visualize(
 ) -> str:
     """Draw `num` images, spread over `dataset`, and return the PNG's path.
 
+    Where no instance is drawn, a line on stderr says the highest score.
+
     Args:
         threshold: the lowest score of an instance drawn.
     """
     records, metadata = DatasetCatalog.get(dataset), MetadataCatalog.get(dataset)
     num = min(num, len(records))
+    scores: list[float] = []
+    drawn_by_score = False
     figure, axes = plt.subplots(2, num, figsize=(2.4 * num, 5), squeeze=False, layout="constrained")
     for i in range(num):
         record = records[i * len(records) // num]
         image = read_image(record["file_name"], "RGB")
         with torch.no_grad():
             output = model([mapper(record)])[0]
+        if "instances" in output and not {"panoptic_seg", "sem_seg"} & {*output}:
+            drawn_by_score = True
+            scores += output["instances"].scores.tolist()
         axes[0, i].imshow(draw_truth(image, record, metadata))
         axes[1, i].imshow(draw_prediction(image, output, metadata, threshold))
     for axis in axes.flat:
@@ -111,6 +127,9 @@ def visualize(
     axes[1, 0].set_ylabel("found")
     figure.savefig(picture, dpi=110)
     plt.close(figure)
+    if drawn_by_score and max(scores, default=-1.0) < threshold:
+        found = f"the highest score is {max(scores):.3f}" if scores else "the model finds nothing"
+        print(f"No instance has a score of {threshold} (--threshold): {found}.", file=sys.stderr)
     return picture
 
 
@@ -120,10 +139,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", default="predictions.png", metavar="PNG")
     parser.add_argument("--num", type=int, default=4, help="images")
     parser.add_argument("--threshold", type=float, default=0.5, help="lowest score drawn")
+    add_flag(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as in training")
     args = parser.parse_args(argv)
     try:
-        loaded = load(args.config_file, args.opts)
+        loaded = load(args.config_file, args.opts, args.imports)
         print(visualize(*loaded, args.out, args.num, args.threshold))
     except (ValueError, KeyError, OSError) as error:
         sys.exit(f"agvm_d2.visualize: error: {error}")

@@ -10,7 +10,10 @@ CORE = (
     "agvm", "settings", "modules", "norms", "moments", "split", "variance", "rules", "modulator",
     "param_groups", "validate", "model_zoo",
 )  # fmt: skip
-WING = ("AGVMHook", "AGVMTrainer", "AGVMTrainerMixin", "add_agvm_config", "build_optimizer")
+WING = (
+    "AGVMHook", "AGVMTrainer", "AGVMTrainerMixin", "add_agvm_config", "build_optimizer",
+    "build_train_loader",
+)  # fmt: skip
 
 IMPORT_CORE = f"""
 import importlib, sys

@@ -1,7 +1,10 @@
 import os
+import re
+import sys
 import pytest
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from PIL import Image
 
@@ -46,6 +49,39 @@ def test_draws_each_task(path, digits, tmp_path, capsys):
     assert capsys.readouterr().out == out + "\n"
     with Image.open(out) as picture:
         assert picture.width > 400 and len(picture.convert("RGB").getcolors(2**24)) > 1000
+
+
+DATASET = """
+from detectron2.data.datasets import register_coco_instances
+
+register_coco_instances("own_digits", {}, "FOLDER/annotations/instances_val.json", "FOLDER/val")
+"""
+
+
+def test_a_projects_own_dataset_and_a_threshold_that_nothing_reaches(digits, tmp_path, capsys):
+    source = DATASET.replace("FOLDER", os.path.join(digits, "digits_v2"))
+    (tmp_path / "own_digits_dataset.py").write_text(source)
+    path = os.path.join(ROOT, "configs/Digits-Detection/faster_rcnn_thin_R_50_FPN_bs64_agvm.yaml")
+    given = ["--config-file", path, "--out", str(tmp_path / "p.png"), "--num", "1"]
+    given += ["--import", str(tmp_path / "own_digits_dataset.py")]
+    keys = ["MODEL.WEIGHTS", untrained(path, tmp_path), "DATASETS.TEST", "('own_digits',)"]
+    keys += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
+    try:
+        for _ in range(2):  # registered once
+            visualize.main([*given, "--threshold", "1.5", *keys])
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert re.fullmatch(
+            r"No instance has a score of 1.5 \(--threshold\): the highest score is [01]\.\d+\.",
+            said,
+        )
+        keys[-1] = "1.0"
+        visualize.main([*given, *keys])
+        assert "of 0.5 (--threshold): the model finds nothing." in capsys.readouterr().err
+    finally:
+        DatasetCatalog.pop("own_digits", None)
+        MetadataCatalog.pop("own_digits", None)
+        sys.path.remove(str(tmp_path))
+        sys.modules.pop("own_digits_dataset")
 
 
 def test_missing_weights_are_named():

@@ -213,7 +213,8 @@ def check_datasets(names: Iterable[str]) -> None:
             near = [n for n in DatasetCatalog.list() if n.split("_")[0] == name.split("_")[0]]
             raise ValueError(
                 f"DATASETS: '{name}' is not a registered dataset. Registered ones that look alike: "
-                f"{', '.join(near) or 'none'}; all of them: detectron2.data.DatasetCatalog.list()."
+                f"{', '.join(near) or 'none'}; all of them: detectron2.data.DatasetCatalog.list(). "
+                "On a command line, --import MODULE_OR_FILE registers a project's own."
             )
         meta = MetadataCatalog.get(name)
         if meta.get("made_on_first_use", False):

@@ -11,8 +11,11 @@ Beside Detectron2's keys a config has
     train.check_datasets    as DATALOADER.CHECK_DATASETS
     train.fsdp              dict of options of FSDP2, see `fsdp.DEFAULTS`; none: DDP
 
-A `dataloader.train` of Detectron2's `build_detection_train_loader`, without a sampler of its own,
-becomes a `ResumableLoader`, which a resumed run brings back to its place.
+None of them must be in the file: a config that knows nothing of this package gets them by override,
+and an `agvm` of the defaults, from the end of its warm-up on.
+
+What `dataloader.train` builds by Detectron2's `build_detection_train_loader` becomes a
+`ResumableLoader`, which a resumed run brings back to its place.
 """
 
 from __future__ import annotations
@@ -20,17 +23,14 @@ import contextlib
 import dataclasses
 import inspect
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 import torch
 from detectron2.config import CfgNode, LazyConfig, instantiate
-from detectron2.data import build_detection_train_loader
-from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import AMPTrainer, SimpleTrainer, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format, verify_results
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -38,27 +38,25 @@ from .. import model_zoo
 from ..settings import Settings
 from ..shards import is_sharded
 from ..solver.clip import CLIP_TYPES, clip_gradients, skip_nonfinite_steps
-from ..validate import one_of
+from ..validate import did_you_mean, is_number, one_of
 from .agreement import AgreementHook, check_agreement, code, flat
 from .checkpoint import AtomicCheckpointer
 from .checks import STOP_OR_SKIP, check_agvm, check_amp, check_device, check_whole
 from .fsdp import EvenLoader, alike, check_fsdp, precision, shard
 from .gain_schedule import TrainingDone
-from .handover import raise_open_files
 from .hook import AGVMHook
-from .loader import ResumableLoader, shared_seed
+from .loader import ResumableLoader, check_resumable, resumable
 from .micro_batches import STATIC_GRAPH, MicroBatchTrainer, autocast, split_batch
 from .needs import Needs, check_data, complete, of_lazy
 from .preemption import PreemptionHook
 from .resume import ConfigRecord, check_not_done
 from .run import RunOptions
-from .samples import SampleCheck
 from .trainer import create_ddp_model
 
 AGVM_KEYS = {"enabled", "log_period"} | {field.name for field in dataclasses.fields(Settings)}
 CLIP_KEYS = set(inspect.signature(clip_gradients).parameters) - {"optimizer"}
-LOADER_KEYS = {"_target_", "dataset", "mapper", "total_batch_size", "num_workers"}
-LOADER_KEYS |= {"aspect_ratio_grouping"}
+TRAIN_KEYS = {"micro_batch_size", "clip_gradients", "expected_results", "on_nonfinite"}
+TRAIN_KEYS |= {"on_bad_image", "check_datasets", "fsdp", "seed"}
 KEYS = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "agvm")
 
 
@@ -67,34 +65,69 @@ def _as_dict(node: DictConfig) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(node))
 
 
-def load(path: str, overrides: list[str]) -> DictConfig:
-    """The LazyConfig of a .py file, or of the model zoo, with overrides as KEY=VALUE.
+def read(path: str) -> DictConfig:
+    """The LazyConfig of a .py file, or of the model zoo, as it is.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a config that does not load, or an override that does not fit it.
+        ValueError, FileNotFoundError: it does not load.
     """
     path = model_zoo.find(path)
     try:
-        cfg = LazyConfig.load(path)
+        return LazyConfig.load(path)
     except Exception as error:  # the file is code: anything
         raise ValueError(f"--config-file: '{path}': {type(error).__name__}: {error}") from error
+
+
+def load(path: str, overrides: list[str]) -> DictConfig:
+    """The LazyConfig of a .py file, with overrides as KEY=VALUE, and with an `agvm`.
+
+    Raises:
+        ValueError, FileNotFoundError: it does not load, or an override does not fit it.
+    """
+    cfg = read(path)
+    if "agvm" not in cfg:
+        hint = did_you_mean("agvm", map(str, cfg))
+        if hint != ".":
+            raise ValueError(f"--config-file: '{path}' has no 'agvm'{hint}")
+        cfg.agvm = {"enabled": True, **dataclasses.asdict(Settings())}
     for override in overrides:
         key = override.split("=")[0].lstrip("+~")
         parent, _, name = key.rpartition(".")
         node = OmegaConf.select(cfg, parent) if parent else cfg
         if parent == "train.fsdp" and node is None and "train" in cfg:  # off: on, with its defaults
             cfg.train.fsdp = node = OmegaConf.create({})
-        free = parent in ("agvm", "train.fsdp")
+        free = parent in ("agvm", "train.fsdp") or (parent == "train" and name in TRAIN_KEYS)
         fits = OmegaConf.is_dict(node) and (name in node or "_target_" in node or free)
         if not fits:
+            known = [*_keys(_as_dict(cfg)), *(f"train.{name}" for name in TRAIN_KEYS)]
             raise ValueError(
-                f"config: the override '{override}' does not fit: {path} has no key '{key}'."
+                f"config: the override '{override}' does not fit: {path} has no key '{key}'"
+                f"{did_you_mean(key, known)}"
             )
     try:
-        return LazyConfig.apply_overrides(cfg, overrides)
+        cfg = LazyConfig.apply_overrides(cfg, overrides)
     except Exception as error:  # hydra's parser has errors of its own
         raise ValueError(f"config: overrides {overrides}: {error}") from None
+    _fill_start_iter(cfg)
+    return cfg
+
+
+def _keys(values: dict[Any, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{name}.")
+
+
+def _fill_start_iter(cfg: DictConfig) -> None:
+    """-1, as AGVM.START_ITER: 100 iterations after the warm-up, of a schedule that tells it."""
+    agvm = cfg.agvm
+    if not OmegaConf.is_dict(agvm) or agvm.get("start_iter", -1) != -1:
+        return
+    keys = ("lr_multiplier.warmup_length", "train.max_iter")
+    share, iters = (OmegaConf.select(cfg, key, throw_on_resolution_failure=False) for key in keys)
+    if agvm.get("schedule") != "gain" and is_number(share, iters):
+        agvm.start_iter = round(share * iters) + 100
 
 
 def micro_batches(cfg: DictConfig, num_workers: int) -> int:
@@ -128,7 +161,8 @@ def check(cfg: DictConfig, num_workers: int, eval_only: bool = False) -> None:
         for name in node:
             if name not in known:
                 raise ValueError(
-                    f"{key}.{name}: there is no such key; there are {', '.join(sorted(known))}."
+                    f"{key}.{name}: there is no such key; there are {', '.join(sorted(known))}"
+                    f"{did_you_mean(str(name), known)}"
                 )
     check_agvm(_as_dict(cfg.agvm), lambda name: f"agvm.{name}")
     by_gain = cfg.agvm.get("schedule") == "gain"
@@ -136,7 +170,8 @@ def check(cfg: DictConfig, num_workers: int, eval_only: bool = False) -> None:
         raise ValueError(
             "agvm.start_iter: a LazyConfig must name the iteration: the end of warm-up, or later."
         )
-    train = cfg.train
+    train, batch = cfg.train, "dataloader.train.total_batch_size"
+    check_whole(batch, OmegaConf.select(cfg, batch), 1)
     if train.get("clip_gradients"):
         one_of("train.clip_gradients.clip_type", train.clip_gradients.clip_type, CLIP_TYPES)
     for key, low in (
@@ -206,24 +241,19 @@ def run_options(cfg: DictConfig) -> RunOptions:
 
 
 def train_loader(cfg: DictConfig) -> ResumableLoader | Iterable[list[dict]]:
-    """A ResumableLoader where `dataloader.train` allows it, else what is configured there."""
-    raise_open_files()
-    node = cfg.dataloader.train
-    target = locate(node._target_) if isinstance(node._target_, str) else node._target_
-    if target is not build_detection_train_loader or set(node) - LOADER_KEYS:
-        return instantiate(node)
-    dicts, mapper = instantiate(node.dataset), instantiate(node.mapper)
-    return ResumableLoader(
-        dicts,
-        mapper,
-        node.total_batch_size // comm.get_world_size(),
-        lambda seed: TrainingSampler(len(dicts), seed=seed),
-        node.get("num_workers", 0),
-        node.get("aspect_ratio_grouping", True),
-        shared_seed(cfg.train.get("seed", -1)),
-        cfg.train.get("on_bad_image", "stop"),
-        SampleCheck.of(_names(cfg, "train"), mapper, cfg.train.get("check_datasets", True)),
-    )
+    """A ResumableLoader where `dataloader.train` allows it, else what is configured there.
+
+    Raises:
+        ValueError: train.on_bad_image "skip", and the loader does not know it.
+    """
+    train = cfg.train
+    on_bad_image = train.get("on_bad_image", "stop")
+    names, check_files = _names(cfg, "train"), train.get("check_datasets", True)
+    with resumable(names, train.get("seed", -1), on_bad_image, check_files) as made:
+        loader = instantiate(cfg.dataloader.train)
+    way_out = "Let dataloader.train be Detectron2's build_detection_train_loader"
+    check_resumable(loader, made, "train.on_bad_image", on_bad_image, way_out)
+    return loader
 
 
 def agvm_hook(

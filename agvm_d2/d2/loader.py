@@ -6,18 +6,25 @@ alone: not on how many loader processes there are, nor on when the run was inter
 
 from __future__ import annotations
 import contextlib
+import copy
+import errno
 import functools
 import itertools
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+import detectron2.data.build as detectron2_build
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_train_loader, get_detection_dataset_dicts
-from detectron2.data.common import AspectRatioGroupedDataset, DatasetFromList
-from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
+from detectron2.data import build_detection_train_loader
+from detectron2.data.common import DatasetFromList, MapDataset
+from detectron2.data.samplers import (
+    RandomSubsetTrainingSampler,
+    RepeatFactorTrainingSampler,
+    TrainingSampler,
+)
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from PIL import Image
@@ -30,8 +37,13 @@ from .samples import SampleCheck
 
 logger = logging.getLogger("detectron2.agvm_d2")
 
+# Whose order follows from `_seed`; the weighted ones of a config are of the second type.
+SAMPLERS = (TrainingSampler, RepeatFactorTrainingSampler, RandomSubsetTrainingSampler)
+# Options of torch's DataLoader that change no sample.
+NEUTRAL = {"drop_last", "pin_memory", "prefetch_factor", "persistent_workers", "seed"}
 MAX_TRIES = 100  # bad images in a row: then it is not the images
 SKIPPED = "agvm_d2.skipped"  # key of a sample that stands in for a bad one
+WIDE = "agvm_d2.wide"  # key of a sample whose record is, or is not, wider than high
 ODD = "agvm_d2.odd"  # key of a sample whose file looks odd
 MAX_ODD = 10  # images that are named
 POLYGON_HINT = (
@@ -49,6 +61,17 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
+
+
+@contextlib.contextmanager
+def patched(module: Any, name: str, function: Callable) -> Iterator[None]:
+    """The module calls `function` where it calls its own of this name."""
+    before = getattr(module, name)
+    setattr(module, name, function)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 @contextlib.contextmanager
@@ -90,12 +113,20 @@ def _is_wide(record: dict) -> bool:
     return height > width if turned else width > height
 
 
+def _lasts(error: Exception, mapped: bool) -> bool:
+    """Whether it comes at each reading: the record's or the file's, not of a draw of the mapper's
+    nor of a disk that is away for a moment."""
+    if isinstance(error, OSError):
+        return error.errno in (None, errno.ENOENT)  # None: PIL's
+    return not mapped
+
+
 class _Images(Dataset):
     """(place in the stream, index) -> the mapped image."""
 
     def __init__(
         self,
-        dicts: Sequence[dict],
+        dicts: DatasetFromList,
         mapper: Callable,
         on_bad_image: str,
         grouping: bool,
@@ -104,6 +135,9 @@ class _Images(Dataset):
         self.dicts, self.mapper, self.on_bad_image = dicts, mapper, on_bad_image
         self.grouping, self.check = grouping, check
         self.seed, self.rank = 0, comm.get_rank()
+        self.bad = torch.zeros(len(dicts), dtype=torch.bool)  # not to be read again
+        if on_bad_image == "skip":
+            self.bad.share_memory_()  # the processes of the loader find them, and all know them
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         place, index = key
@@ -123,12 +157,22 @@ class _Images(Dataset):
         """None where the mapper leaves an image out, as Detectron2 allows."""
         record = self.dicts[index]
         name = record.get("file_name", f"number {index}")
+        if self.bad[index]:
+            raise BadImageError(f"'{name}': could not be read before")
+        mapped = False
         try:
             odd = self.check.record(record)  # before any C code sees it
+            mapped = True
+            sized = self.grouping and "width" in record
+            wide = sized and _is_wide(record)  # now: the mapper may change it
             sample = self.mapper(record)
             if sample is not None:
                 self.check.sample(sample, record)
+                if self.grouping:
+                    sample[WIDE] = wide if sized else sample["width"] > sample["height"]
         except Exception as error:
+            if self.on_bad_image == "skip" and _lasts(error, mapped):
+                self.bad[index] = True
             hint = POLYGON_HINT if "mask_format=='polygon'" in str(error) else ""
             raise BadImageError(f"'{name}': {type(error).__name__}: {error}{hint}") from error
         if odd and sample is not None:
@@ -168,7 +212,7 @@ class _Stream(Sampler):
         size = loader.batch_size
         if not loader.grouping:
             return itertools.islice(stream, loader.start * size, None)
-        # What AspectRatioGroupedDataset did so far: what it still holds comes first.
+        # What `_grouped` did so far: what it still holds comes first.
         held: tuple[list, list] = ([], [])
         wide = loader.wide() if loader.start else []
         batches = 0
@@ -212,7 +256,7 @@ class ResumableLoader:
 
     def __init__(
         self,
-        dicts: list[dict],
+        dicts: list[dict] | DatasetFromList,
         mapper: Callable[[dict], dict],
         batch_size: int,
         make_sampler: Callable[[int], Sampler],
@@ -227,8 +271,10 @@ class ResumableLoader:
         self.seed, self.start, self.skipped = seed, 0, 0
         self._num_workers, self._odd = num_workers, 0
         # Serialized: shared by the loader's processes, and a new object at each reading.
-        dicts = DatasetFromList(dicts, copy=False)
-        self._images = _Images(dicts, mapper, on_bad_image, grouping, check or SampleCheck())
+        records = (
+            dicts if isinstance(dicts, DatasetFromList) else DatasetFromList(dicts, copy=False)
+        )
+        self._images = _Images(records, mapper, on_bad_image, grouping, check or SampleCheck())
 
     def wide(self) -> list[bool]:
         """Of each image, whether it is wider than high."""
@@ -237,6 +283,27 @@ class ResumableLoader:
     def seek(self, iteration: int, seed: int) -> None:
         """The next `iter` starts with this iteration's batch."""
         self.start, self.seed = iteration, seed
+
+    def bad_images(self) -> dict[int, str]:
+        """Index -> file name of those that "skip" has found bad and does not read again."""
+        images = self._images
+        found = images.bad.nonzero().flatten().tolist()
+        return {index: images.dicts[index].get("file_name", "") for index in found}
+
+    def leave_out(self, bad: dict[int, str]) -> None:
+        """With "skip": do not read what `bad_images` of an earlier run has found."""
+        images, found = self._images, []
+        if images.on_bad_image != "skip":
+            return
+        for index, name in bad.items():  # of another dataset, another name
+            if index < len(images.dicts) and images.dicts[index].get("file_name", "") == name:
+                images.bad[index] = True
+                found.append(name)
+        if found:
+            logger.warning(
+                f"{len(found)} images could not be read before and are not tried again; the first "
+                f"is '{found[0]}'. ON_BAD_IMAGE stop tries them."
+            )
 
     def _prefetch(self) -> int | None:
         """Images that each process reads ahead: two batches in all, as torch's default."""
@@ -258,7 +325,7 @@ class ResumableLoader:
         )
         samples = unpacked(images) if workers else images
         if self.grouping:
-            batches = AspectRatioGroupedDataset(samples, self.batch_size)
+            batches = _grouped(samples, self.batch_size)
         else:
             batches = _in_batches(samples, self.batch_size)
         for batch in batches:
@@ -290,6 +357,7 @@ class IterationSeeder(HookBase):
         self._loader = loader
         self._seed = loader.seed if loader else seed
         self._images: int | None = None  # that a resumed run has seen
+        self._bad: dict[int, str] = {}
         self._shift = 0  # batches of the data before this iteration, less iterations
 
     def before_train(self) -> None:
@@ -298,11 +366,7 @@ class IterationSeeder(HookBase):
             if self._images is not None:  # rounded down: better some images again than left out
                 self._shift = self._images // self._batch_size() - start
             self._loader.seek(start + self._shift, self._seed)
-        elif start:
-            logger.warning(
-                "This data loader cannot be brought back to where it was: the resumed run reads "
-                "images in a new order."
-            )
+            self._loader.leave_out(self._bad)
 
     def before_step(self) -> None:
         seed_everything(mixed_seed(self._seed, 1, comm.get_rank(), self.trainer.iter))
@@ -314,6 +378,8 @@ class IterationSeeder(HookBase):
 
     def state_dict(self) -> dict:
         state = {"seed": self._seed, "workers": comm.get_world_size()}
+        if self._loader:
+            state["bad_images"] = self._loader.bad_images()
         if self._loader and self.trainer is not None:  # not in one that has not trained
             state["images"] = (self.trainer.iter + 1 + self._shift) * self._batch_size()
         return state
@@ -321,6 +387,7 @@ class IterationSeeder(HookBase):
     def load_state_dict(self, state: dict) -> None:
         self._seed = state["seed"]
         self._images = state.get("images")  # not in older checkpoints
+        self._bad = state.get("bad_images", {})
         workers = comm.get_world_size()
         if workers != state["workers"]:
             logger.warning(
@@ -339,51 +406,124 @@ def _in_batches(images: Iterable[dict], size: int) -> Iterator[list[dict]]:
         yield list(itertools.islice(images, size))
 
 
+def _grouped(images: Iterable[dict], size: int) -> Iterator[list[dict]]:
+    """As Detectron2's AspectRatioGroupedDataset, by the records, which are known at a resume."""
+    held: tuple[list, list] = ([], [])
+    for image in images:
+        group = held[image.pop(WIDE)]
+        group.append(image)
+        if len(group) == size:
+            yield group[:]
+            group.clear()
+
+
 def build_train_loader(
-    cfg: CfgNode, *, mapper: Callable[[dict], dict] | None = None
+    cfg: CfgNode, *, mapper: Callable[[dict], dict] | None = None, **options: Any
 ) -> ResumableLoader | Iterable[list[dict]]:
-    """Detectron2's training loader as the config describes it: a ResumableLoader, or Detectron2's
-    own for a sampler that has no seed to start from again.
+    """Detectron2's `build_detection_train_loader`, whose result is a ResumableLoader.
 
     Args:
         mapper: in place of `DatasetMapper(cfg, is_train=True)`.
+        options: its others. With a `sampler` of another type than Detectron2's, a `collate_fn` or
+            a `dataset` that is no list, the loader is Detectron2's own.
     """
+    with resumable_by(cfg):
+        return build_detection_train_loader(cfg, mapper=mapper, **options)
+
+
+def resumable_by(cfg: CfgNode) -> contextlib.AbstractContextManager[list[ResumableLoader]]:
+    """`resumable`, with the keys of a yacs config."""
     data = cfg.DATALOADER
-    raise_open_files()
-    if data.SAMPLER_TRAIN not in ("TrainingSampler", "RepeatFactorTrainingSampler"):
-        return build_detection_train_loader(cfg, mapper=mapper)
-    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    dicts = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=data.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=keypoints,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
-    # The sampler's function must not keep all of the dataset alive.
-    if data.SAMPLER_TRAIN == "TrainingSampler":
-        make_sampler = functools.partial(_training_sampler, len(dicts))
-    else:
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            dicts, data.REPEAT_THRESHOLD
+    return resumable(cfg.DATASETS.TRAIN, cfg.SEED, data.ON_BAD_IMAGE, data.CHECK_DATASETS)
+
+
+@contextlib.contextmanager
+def resumable(
+    names: Sequence[str], seed: int, on_bad_image: str, check_files: bool
+) -> Iterator[list[ResumableLoader]]:
+    """Within, Detectron2's `build_detection_train_loader` returns ResumableLoaders, whoever calls
+    it and by whatever name it was imported; where one cannot do what is asked, Detectron2's own.
+
+    Args:
+        names: of the datasets, whose metadata the samples are checked by.
+        seed: of the first loader, from which those of others come; below 0: drawn, for all
+            workers.
+
+    Yields:
+        The ResumableLoaders that were built.
+    """
+    made: list[ResumableLoader] = []
+
+    def build(dataset: Any, sampler: Any, total_batch_size: int, **options: Any) -> Any:
+        asked = {k: v for k, v in options.items() if v is not None and k not in NEUTRAL}
+        grouping = asked.pop("aspect_ratio_grouping", False)
+        num_workers = asked.pop("num_workers", 0)
+        records = getattr(dataset, "_dataset", None)
+        fits = type(dataset) is MapDataset and isinstance(records, DatasetFromList)
+        share, left = divmod(total_batch_size, comm.get_world_size())
+        if asked or left or not fits or type(sampler) not in SAMPLERS:
+            return before(dataset, sampler, total_batch_size, **options)
+        raise_open_files()
+        mapper = dataset._map_func._obj
+        made.append(
+            ResumableLoader(
+                records,
+                mapper,
+                share,
+                functools.partial(_reseeded, sampler),  # which must not keep the dataset alive
+                num_workers,
+                grouping,
+                mixed_seed(made[0].seed, 2, len(made)) if made else shared_seed(seed),
+                on_bad_image,
+                SampleCheck.of(names, mapper, check_files),
+            )
         )
-        make_sampler = functools.partial(_repeating_sampler, factors)
-    mapper = mapper or DatasetMapper(cfg, is_train=True)
-    return ResumableLoader(
-        dicts,
-        mapper,
-        cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
-        make_sampler,
-        data.NUM_WORKERS,
-        data.ASPECT_RATIO_GROUPING,
-        shared_seed(cfg.SEED),
-        data.ON_BAD_IMAGE,
-        SampleCheck.of(cfg.DATASETS.TRAIN, mapper, data.CHECK_DATASETS),
+        return made[-1]
+
+    # Not build_detection_train_loader, which a project may have under a name in its own module, but
+    # what that calls, which it looks up in Detectron2's.
+    before: Any = detectron2_build.build_batch_data_loader
+    if hasattr(before, "made"):  # within another `with`
+        yield before.made
+        return
+    build.made = made  # type: ignore[attr-defined]
+    with patched(detectron2_build, "build_batch_data_loader", build):
+        yield made
+
+
+def _reseeded(sampler: Any, seed: int) -> Any:
+    if type(sampler) is RandomSubsetTrainingSampler:
+        # Half an image more, so that int() comes to as many.
+        ratio = min(1.0, (sampler._size_subset + 0.5) / sampler._size)
+        return RandomSubsetTrainingSampler(sampler._size, ratio, sampler._shuffle, seed, seed)
+    sampler = copy.copy(sampler)
+    sampler._seed = seed
+    return sampler
+
+
+def check_resumable(
+    loader: Iterable, made: Sequence[ResumableLoader], key: str, on_bad_image: str, way_out: str
+) -> None:
+    """Warn where a resumed run cannot go on with the images it would have seen.
+
+    Args:
+        loader: the trainer's.
+        made: what `resumable` has built.
+        key: of `on_bad_image`.
+        way_out: what to do, as a sentence without its end.
+
+    Raises:
+        ValueError: "skip", and nothing of this package's reads the images.
+    """
+    if isinstance(loader, ResumableLoader):
+        return
+    kind = type(loader).__name__
+    if on_bad_image == "skip" and not made:
+        raise ValueError(
+            f"{key}: found 'skip', but the training loader is the project's own ({kind}), which "
+            f'does not know the key. {way_out}, or set the key to "stop".'
+        )
+    logger.warning(
+        f"The training loader is the project's own ({kind}): a resumed run will read images in a "
+        f"new order. {way_out} to make a resume exact."
     )
-
-
-def _training_sampler(size: int, seed: int) -> Sampler:
-    return TrainingSampler(size, seed=seed)
-
-
-def _repeating_sampler(factors: torch.Tensor, seed: int) -> Sampler:
-    return RepeatFactorTrainingSampler(factors, seed=seed)

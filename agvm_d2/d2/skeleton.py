@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 import contextlib
-import importlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from detectron2.config import CfgNode, get_cfg, instantiate
+from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import build_model
 from omegaconf import OmegaConf
 from torch import nn
@@ -15,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..modules import ModulePatterns
 from . import lazy
 from .config import read_config
+from .imports import import_project
 
 HINTS = {
     "Non-existent config key": "--import MODULE:FUNCTION adds a project's own keys",
@@ -29,14 +28,13 @@ def model_of(
 
     Args:
         opts: KEY VALUE pairs, or a LazyConfig's KEY=VALUE.
-        imports: MODULE, imported first, or MODULE:FUNCTION. A YAML config's FUNCTION is called with
-            the config, to which it adds a project's keys, or without, to return one.
+        imports: see `import_project`.
         allow_unsafe: let !!python tags run code.
 
     Raises:
         ValueError, OSError: names the file, key or import, and what to do.
     """
-    cfg = _import(imports, get_cfg())
+    cfg = import_project(imports, get_cfg())
     if path.endswith(".py"):
         return _of_lazyconfig(path, opts)
     try:
@@ -63,19 +61,6 @@ def _of_lazyconfig(path: str, opts: list[str]) -> tuple[nn.Module, ModulePattern
 
     modules = OmegaConf.select(cfg, "agvm.modules") or ()
     return _built(build, path), [(name, regex) for name, regex in modules]
-
-
-def _import(names: Sequence[str], cfg: CfgNode) -> CfgNode:
-    for name in names:
-        module, _, function = name.partition(":")
-        try:
-            found = importlib.import_module(module)
-            if function:
-                call = getattr(found, function)
-                cfg = (call(cfg) or cfg) if inspect.signature(call).parameters else call()
-        except Exception as error:  # the module is code: anything
-            raise ValueError(f"--import {name}: {type(error).__name__}: {error}") from error
-    return cfg
 
 
 def _built(build: Callable[[str], nn.Module], path: str) -> nn.Module:

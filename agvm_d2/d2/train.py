@@ -7,7 +7,7 @@ import os
 import sys
 from argparse import Namespace
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -21,6 +21,7 @@ from . import lazy
 from .checkpoint import AtomicCheckpointer, iterations_done
 from .checks import check_config, check_datasets, check_detectron2, check_names, check_tta
 from .config import read_config
+from .imports import add_flag, import_project
 from .launch import launch, worker_from_environment
 from .needs import check_data, of_yacs
 from .output_dir import FolderLock, config_kept, is_free, set_aside
@@ -40,6 +41,7 @@ def setup(args: Namespace) -> CfgNode | DictConfig:
     """
     check_detectron2()
     args.config_file = model_zoo.find(args.config_file)  # Detectron2 logs what it holds
+    project = import_project(getattr(args, "imports", ()), get_cfg())
     num_workers = args.num_gpus * args.num_machines
     if args.config_file.endswith(".py"):
         cfg = lazy.load(args.config_file, args.opts)
@@ -50,7 +52,8 @@ def setup(args: Namespace) -> CfgNode | DictConfig:
         train = cfg.train
         values = (train.init_checkpoint, train.output_dir, train.device, train.max_iter)
     else:
-        cfg = read_config(args.config_file, args.opts, getattr(args, "allow_unsafe_yaml", False))
+        unsafe = getattr(args, "allow_unsafe_yaml", False)
+        cfg = read_config(args.config_file, args.opts, unsafe, project)
         cfg.freeze()
         scaled = AGVMTrainer.auto_scale_workers(cfg, num_workers)
         check_config(scaled, num_workers)
@@ -174,6 +177,7 @@ def invoke_main(argv: list[str] | None = None, name: str = "agvm_d2.train") -> N
         action="store_true",
         help="let !!python tags in the config file run code",
     )
+    add_flag(parser)
     args = parser.parse_args(argv)
     try:  # once, before any worker starts
         worker = worker_from_environment(args)

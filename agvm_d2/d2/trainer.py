@@ -4,7 +4,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -29,7 +29,7 @@ from .checkpoint import AtomicCheckpointer
 from .checks import check_config, check_tta
 from .gain_schedule import TrainingDone, ends_when_done
 from .hook import AGVMHook
-from .loader import build_train_loader
+from .loader import ResumableLoader, check_resumable, patched, resumable_by
 from .micro_batches import micro_batches
 from .needs import check_data, complete, evaluator_type, of_yacs
 from .preemption import PreemptionHook
@@ -56,18 +56,6 @@ def create_ddp_model(model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
     if next(model.parameters()).device.type == "cpu":
         kwargs["device_ids"] = None
     return d2_create_ddp_model(model, **kwargs)
-
-
-@contextlib.contextmanager
-def _patched(name: str, function: Callable) -> Iterator[None]:
-    """DefaultTrainer calls `function` where it calls Detectron2's of this name: what a project
-    overrides is kept, and what it leaves to Detectron2, also through super(), is this package's."""
-    before = getattr(defaults, name)
-    setattr(defaults, name, function)
-    try:
-        yield
-    finally:
-        setattr(defaults, name, before)
 
 
 def run_options(cfg: CfgNode) -> RunOptions:
@@ -115,8 +103,18 @@ class AGVMTrainerMixin(_Trainer):
         build = getattr(type(self).build_evaluator, "__func__", None)
         stock = build is AGVMTrainer.build_evaluator.__func__  # type: ignore[attr-defined]
         check_data(of_yacs(cfg, evaluators=stock), log=True)
-        with _patched("create_ddp_model", create_ddp_model):
+        # What a project overrides is kept; what it leaves to Detectron2, also through super(), is
+        # this package's. Its build_train_loader may not be this class's.
+        ddp = patched(defaults, "create_ddp_model", create_ddp_model)
+        with ddp, resumable_by(cfg) as made:
             super().__init__(cfg)
+        check_resumable(
+            self._trainer.data_loader,
+            made,
+            "DATALOADER.ON_BAD_IMAGE",
+            cfg.DATALOADER.ON_BAD_IMAGE,
+            "In build_train_loader, return agvm_d2.build_train_loader(cfg, mapper=...)",
+        )
         if micro_batches(cfg, comm.get_world_size()) > 1:
             self._refuse_own_run_step()
         self._trainer = run_options(self.cfg).prepare_trainer(self._trainer)
@@ -154,7 +152,7 @@ class AGVMTrainerMixin(_Trainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
-        with _patched("build_optimizer", unsplit_optimizer):
+        with patched(defaults, "build_optimizer", unsplit_optimizer):
             optimizer = super().build_optimizer(cfg, model)
         return run_options(cfg).prepare_optimizer(optimizer, model)
 
@@ -163,7 +161,7 @@ class AGVMTrainerMixin(_Trainer):
         cls, cfg: CfgNode, optimizer: torch.optim.Optimizer
     ) -> torch.optim.lr_scheduler.LRScheduler:
         try:
-            with _patched("build_lr_scheduler", build_lr_scheduler):
+            with patched(defaults, "build_lr_scheduler", build_lr_scheduler):
                 return super().build_lr_scheduler(cfg, optimizer)
         except (ValueError, IndexError) as error:
             if not cfg.AGVM.ENABLED or str(error).startswith("SOLVER."):
@@ -176,7 +174,7 @@ class AGVMTrainerMixin(_Trainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
-        with _patched("build_detection_train_loader", build_train_loader):
+        with resumable_by(cfg):
             return super().build_train_loader(cfg)
 
     @classmethod
@@ -215,12 +213,14 @@ class AGVMTrainerMixin(_Trainer):
                 **stock.checkpointables,  # the trainer, and what the project adds, such as an EMA
             )
         built = super().build_hooks()
-        seeder = run_options(self.cfg).iteration_seeder(self._trainer.data_loader)
+        enabled, loader = self.cfg.AGVM.ENABLED, self._trainer.data_loader
+        seeder = run_options(self.cfg).iteration_seeder(loader)
         folder = self.cfg.OUTPUT_DIR
         record = ConfigRecord(self.cfg, self.optimizer, self.model, folder)
         self._record = record
-        built[:0] = [record, seeder]
-        if self.cfg.AGVM.ENABLED:
+        # A project's own loader keeps its random numbers, too, where nothing of AGVM is wanted.
+        built[:0] = [record, seeder] if enabled or isinstance(loader, ResumableLoader) else [record]
+        if enabled:
             # By type, not by index: rank 0 has more hooks than the other workers.
             place = [i for i, h in enumerate(built) if isinstance(h, hooks.LRScheduler)]
             hook = AGVMHook(self.cfg, self.model, self.optimizer)

@@ -1,10 +1,12 @@
 """A LazyConfig's checks, on one that is never built; real ones are in integration/."""
 
+import dataclasses
 import re
 import bad_values
 import pytest
 from detectron2.model_zoo import get_config_file
 
+from agvm_d2 import Settings
 from agvm_d2.d2 import lazy
 
 GOOD = """
@@ -53,7 +55,9 @@ def test_bad_agvm_values_are_named(key, value, said, config):
     "override, message",
     [
         ("train.maxiter=3", "the override 'train.maxiter=3' does not fit: .* 'train.maxiter'"),
-        ("trian.max_iter=3", "'trian.max_iter'"),
+        ("trian.max_iter=3", "has no key 'trian.max_iter'; did you mean train.max_iter"),
+        ("train.micro_batchsize=2", "did you mean train.micro_batch_size"),
+        ("agvm.start_itr=2", "^agvm.start_itr: there is no .*; did you mean start_iter"),
         ("SOLVER.MAX_ITER", "does not fit"),
         ("train.max_iter=[1", "config: overrides"),
         ("train.micro_batch_size=3", "train.micro_batch_size: found 3, .*total_batch_size 16"),
@@ -61,6 +65,7 @@ def test_bad_agvm_values_are_named(key, value, said, config):
         ("agvm.modules=null", "agvm.modules: found None"),
         ("agvm=null", "agvm: found None, but it must be a dict"),
         ("agvm.enabled=1", "agvm.enabled: found 1, .*True or False"),
+        ("dataloader.train.total_batch_size=null", "^dataloader.*_batch_size: found None"),
         ("agvm.log_period=0", "agvm.log_period: found 0"),
         ("agvm.start_iter=-1", "agvm.start_iter: a LazyConfig must name"),
         ("train.max_iter=abc", "train.max_iter: found 'abc'"),
@@ -85,7 +90,7 @@ def test_bad_overrides(override, message, config):
         ("x = 1 +", "c.py': SyntaxError"),
         ("import no_such_package", "c.py': ModuleNotFoundError: No module named 'no_such"),
         ("train = dict(device='cpu')", "The config has no 'model'"),
-        (GOOD.replace("agvm =", "agvmm ="), "no 'agvm': .*dict.enabled=False. trains without"),
+        (GOOD.replace("agvm =", "agvmm ="), "c.py' has no 'agvm'; did you mean agvmm?"),
     ],
 )
 def test_bad_files(source, message, tmp_path):
@@ -99,10 +104,37 @@ def test_no_file():
         lazy.load("no.py", [])
 
 
-def test_a_stock_config_is_told_what_it_lacks():
-    stock = lazy.load(get_config_file("new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py"), [])
+STOCK = get_config_file("new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py")
+CPU = ["train.device=cpu", "train.amp.enabled=False"]
+
+
+def test_a_stock_config_has_agvm_from_the_end_of_its_warm_up_on():
+    stock = lazy.load(STOCK, CPU)
+    lazy.check(stock, 2)
+    # Of 184,375 iterations 500 are warm-up.
+    assert stock.agvm == {"enabled": True, **dataclasses.asdict(Settings(start_iter=600))}
+    assert lazy.load(STOCK, ["train.max_iter=36875"]).agvm.start_iter == 200
+    assert lazy.load(STOCK, ["agvm.schedule=gain"]).agvm.start_iter == -1
     with pytest.raises(ValueError, match="no 'agvm': .*dict.enabled=False. trains without"):
-        lazy.check(stock, 1)
+        lazy.check(lazy.read(STOCK), 1)
+
+
+def test_a_stock_config_takes_overrides_of_this_packages_keys():
+    more = (
+        "agvm.start_iter=100 agvm.rule=gain train.micro_batch_size=2 train.seed=3 "
+        "train.on_nonfinite=skip train.on_bad_image=skip train.check_datasets=False "
+        "train.clip_gradients={clip_type:norm,clip_value:1.0}"
+    ).split()
+    stock = lazy.load(STOCK, [*CPU, *more])
+    lazy.check(stock, 1)
+    assert (stock.agvm.start_iter, stock.agvm.rule, stock.train.seed) == (100, "gain", 3)
+    options = lazy.run_options(stock)
+    assert (options.micro_batches, options.skip_nonfinite, options.seed) == (32, True, 3)
+    assert stock.train.clip_gradients == {"clip_type": "norm", "clip_value": 1.0}
+    for fsdp in ("train.fsdp={precision:bfloat16}", "train.fsdp.precision=bfloat16"):
+        stock = lazy.load(STOCK, [*CPU, fsdp])
+        lazy.check(stock, 2)
+        assert stock.train.fsdp == {"precision": "bfloat16"}
 
 
 def test_names_of_datasets(config):

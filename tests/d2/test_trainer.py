@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.engine import DefaultTrainer, defaults, hooks
+from detectron2.data import build
+from detectron2.engine import DefaultTrainer, hooks
 from detectron2.solver import build_optimizer as d2_build_optimizer
 from torch import nn
 from toy import MODULES
@@ -13,7 +14,7 @@ from toy_d2 import ToyLoader, ToyTrainer, agvm_hook, toy_config, train, weights
 
 from agvm_d2 import AGVMTrainer, AGVMTrainerMixin
 from agvm_d2.d2.checkpoint import AtomicCheckpointer
-from agvm_d2.d2.loader import IterationSeeder
+from agvm_d2.d2.loader import IterationSeeder, ResumableLoader
 from agvm_d2.solver import prepare_optimizer
 
 MICRO = {"SOLVER__MICRO_BATCH_SIZE": 2}
@@ -446,10 +447,29 @@ def test_bad_values_are_named_before_anything_is_built(tmp_path):
 
 
 def test_the_loader_is_this_packages_and_detectron2s_is_put_back(tmp_path, monkeypatch):
-    theirs = defaults.build_detection_train_loader
-    monkeypatch.setattr("agvm_d2.d2.trainer.build_train_loader", lambda cfg: "ours")
-    assert AGVMTrainer.build_train_loader(toy_config(tmp_path)) == "ours"
-    assert defaults.build_detection_train_loader is theirs
+    theirs = build.build_batch_data_loader
+    dicts = [{"file_name": "a.png", "width": 2, "height": 2, "annotations": []}]
+    monkeypatch.setattr(build, "get_detection_dataset_dicts", lambda *args, **kwargs: dicts)
+    loader = AGVMTrainer.build_train_loader(toy_config(tmp_path, DATASETS__TRAIN=("some",)))
+    assert isinstance(loader, ResumableLoader) and build.build_batch_data_loader is theirs
+
+
+def test_a_loader_of_the_projects_own_is_said_at_the_start(tmp_path, d2_log):
+    trainer = ToyTrainer(toy_config(tmp_path))
+    said = "The training loader is the project's own (ToyLoader): a resumed run will read"
+    assert d2_log.text.count(said) == 1
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert d2_log.text.count("new order") == 1
+    with pytest.raises(ValueError, match="^DATALOADER.ON_BAD_IMAGE: found 'skip', .*ToyLoader"):
+        ToyTrainer(toy_config(tmp_path, DATALOADER__ON_BAD_IMAGE="skip"))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_with_agvm_off_a_project_with_its_own_loader_draws_its_own_numbers(tmp_path, enabled):
+    trainer = ToyTrainer(toy_config(tmp_path, AGVM__ENABLED=enabled, **MICRO))
+    assert any(isinstance(h, IterationSeeder) for h in trainer._hooks) == enabled
+    assert len(trainer.optimizer.param_groups) == (4 if enabled else 1)
 
 
 def test_an_anchor_that_the_model_lacks_is_named(tmp_path):

@@ -18,8 +18,76 @@ SHORT = (
 
 
 @pytest.fixture(autouse=True)
-def needs_timm():
-    pytest.importorskip("timm")
+def needs_timm(request):
+    if "stock" not in request.node.name:
+        pytest.importorskip("timm")
+
+
+# As a project's that knows nothing of this package.
+STOCK = """
+from detectron2.config import LazyCall as L
+from detectron2.data import DatasetMapper
+from detectron2.data.samplers import RepeatFactorTrainingSampler as Sampler
+from detectron2.layers import ShapeSpec
+from detectron2.model_zoo import get_config
+from detectron2.modeling.backbone import ResNet
+
+train = get_config("common/train.py").train
+train.device = "cpu"
+optimizer = get_config("common/optim.py").SGD
+lr_multiplier = get_config("common/coco_schedule.py").lr_multiplier_1x
+dataloader = get_config("common/data/coco.py").dataloader
+dataloader.train.dataset.names = "digits_train"
+dataloader.test.dataset.names = "digits_val"
+dataloader.train.mapper = L(DatasetMapper)(
+    is_train=True, augmentations=[], image_format="BGR", use_instance_mask=True
+)
+dataloader.train.sampler = L(Sampler)(
+    repeat_factors=L(Sampler.repeat_factors_from_category_frequency)(
+        dataset_dicts="${dataloader.train.dataset}", repeat_thresh=0.5
+    )
+)
+del dataloader["evaluator"]
+model = get_config("common/models/mask_rcnn_fpn.py").model
+bottom_up = model.backbone.bottom_up
+bottom_up.freeze_at = 0
+bottom_up.stem.norm = "BN"
+bottom_up.stages = L(ResNet.make_default_stages)(depth=18, norm="BN")
+model.backbone.out_channels = model.proposal_generator.head.in_channels = 32
+model.proposal_generator.post_nms_topk = (32, 32)
+heads = model.roi_heads
+heads.num_classes, heads.batch_size_per_image = 10, 16
+heads.box_head.input_shape = ShapeSpec(channels=32, height=7, width=7)
+heads.box_head.fc_dims = [32]
+heads.box_predictor.input_shape = ShapeSpec(channels=32)
+heads.mask_head.input_shape = ShapeSpec(channels=32, width=14, height=14)
+heads.mask_head.conv_dims = [16, 16]
+"""
+
+
+def test_a_stock_config_trains_and_resumes(digits, tmp_path):
+    (tmp_path / "stock.py").write_text(STOCK)
+    options = (
+        "train.micro_batch_size=2 agvm.start_iter=1 agvm.interval=1 agvm.momentum=0.5 "
+        "train.max_iter=3 train.checkpointer.period=2 train.seed=3 train.on_bad_image=skip "
+        "dataloader.train.total_batch_size=4 dataloader.train.num_workers=0"
+    ).split()
+
+    def run(folder, *more):
+        more = [*options, f"train.output_dir={folder}", *more]
+        cfg = train_net.setup(args(*more, config=str(tmp_path / "stock.py")))
+        lazy.do_train(cfg, resume=True)
+        return torch.load(folder / "model_final.pth", weights_only=True)
+
+    whole = run(tmp_path / "a")
+    factors = whole["trainer"]["hooks"]["AGVMHook"]["factors"]
+    assert len(factors) == 5 and factors[0] == 1 and all(factor != 1 for factor in factors[1:])
+    assert len(whole["trainer"]["optimizer"]["param_groups"]) >= 5  # by module
+    (tmp_path / "b").mkdir()
+    shutil.copy(tmp_path / "a" / "model_0000001.pth", tmp_path / "b")
+    (tmp_path / "b" / "last_checkpoint").write_text("model_0000001.pth")
+    resumed = run(tmp_path / "b", "dataloader.train.num_workers=1")
+    same(whole, resumed)
 
 
 def test_train_resume_and_eval_only(digits, tmp_path):

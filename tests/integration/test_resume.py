@@ -2,6 +2,7 @@
 losses."""
 
 import shutil
+import own_mapper
 import pytest
 import torch
 from detectron2.engine import HookBase
@@ -9,6 +10,8 @@ from helpers import agvm_state, same
 from toy_d2 import RCNNTrainer, rcnn_config
 
 import agvm_d2.data  # noqa: F401
+from agvm_d2 import AGVMTrainer, AGVMTrainerMixin
+from agvm_d2.d2.loader import ResumableLoader
 
 INTERVAL = 4
 
@@ -35,9 +38,9 @@ class Losses(HookBase):
             self.values[self.trainer.iter] = history["total_loss"].latest()
 
 
-def train(output_dir, options) -> dict:
+def train(output_dir, options, trainer_class=RCNNTrainer) -> dict:
     """In a worker or here; the loss of each iteration."""
-    trainer = RCNNTrainer(config(output_dir, **options))
+    trainer = trainer_class(config(output_dir, **options))
     losses = Losses()
     trainer.register_hooks([losses])
     trainer.resume_or_load(resume=True)
@@ -130,3 +133,35 @@ def test_another_number_of_workers_goes_on_with_the_factors(digits, workers, tmp
     trainer.train()
     assert found == before["factors"] and found[1] != 1
     assert "Resumed with 1 workers, saved with 2: " in d2_log.text
+
+
+class ByTheMixin(AGVMTrainerMixin, own_mapper.Trainer):
+    pass
+
+
+class InItsOwnPlace(AGVMTrainer):
+    build_train_loader = classmethod(own_mapper.build_train_loader)
+
+
+@pytest.mark.parametrize("trainer_class, enabled", [(ByTheMixin, True), (InItsOwnPlace, False)])
+def test_a_project_with_a_mapper_of_its_own(trainer_class, enabled, digits, tmp_path, d2_log):
+    options = {**ONE, "SOLVER__MAX_ITER": 8, "SOLVER__STEPS": (7,), "SOLVER__CHECKPOINT_PERIOD": 4}
+    options |= {"AGVM__ENABLED": enabled, "AGVM__START_ITER": 1, "AGVM__INTERVAL": 2}
+    losses = train(tmp_path / "a", options, trainer_class)
+    assert len(set(losses.values())) == 8 and "new order" not in d2_log.text
+    folder = resumed_at(3, tmp_path / "a", tmp_path / "b")
+    again = train(folder, {**options, "DATALOADER__NUM_WORKERS": 1}, trainer_class)
+    assert again == {i: losses[i] for i in range(4, 8)}
+    whole, resumed = (torch.load(f / "model_final.pth") for f in (tmp_path / "a", folder))
+    same(whole, resumed)
+
+
+def test_each_worker_of_a_project_reads_its_share(digits, workers):
+    one, other = workers(2).run(_loader_of_a_project)
+    assert one[:2] == other[:2] == (2, 7) and not {*one[2]} & {*other[2]}
+
+
+def _loader_of_a_project():
+    loader = ByTheMixin.build_train_loader(config("", SEED=7))
+    assert isinstance(loader, ResumableLoader)
+    return loader.batch_size, loader.seed, [d["image_id"] for d in next(iter(loader))]
