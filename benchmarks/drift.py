@@ -124,7 +124,9 @@ def build_mobilenet_v2_one_level(cfg, input_shape) -> Backbone:
     return OneLevel()
 
 
+# Without clipping it diverges at these learning rates. What is measured is the gradient before it.
 RETINANET = """MODEL.META_ARCHITECTURE RetinaNet MODEL.RETINANET.NUM_CLASSES 10
+    SOLVER.CLIP_GRADIENTS.ENABLED True SOLVER.CLIP_GRADIENTS.CLIP_TYPE full_model
     MODEL.RETINANET.NUM_CONVS 2 MODEL.RETINANET.IN_FEATURES ['p2','p3','p4','p5']"""
 PIPELINES.update(
     retinanet=("bbox", "AP", RETINANET),
@@ -300,6 +302,8 @@ def table(rows: dict[Key, dict]) -> str:
                 f"{name} {middle:.2f} → {end:.2f}"
                 for name, (middle, end) in levels(rows[key]).items()
             )
+            if rows[key]["diverged_at"] is not None:
+                found = f"diverged at iteration {rows[key]['diverged_at']}"
             optimizer = {"sgd": "SGD", "adamw": "AdamW"}[key.optimizer]
             lines.append(f"| {TITLES[key.pipeline]} | {optimizer} | {key.batch} | {found} |")
     return "\n".join(lines)
