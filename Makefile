@@ -74,4 +74,4 @@ gpu-check: setup
 	$(PY) benchmarks/gpu_check.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-docs *.egg-info output
+	rm -rf $(VENV) $(VENV)-docs *.egg-info build output

@@ -104,7 +104,8 @@ class AGVM:
                 f"{settings.base_batch_size}, for which SOLVER.BASE_LR, MAX_ITER and STEPS are. "
                 "Set SOLVER.IMS_PER_BATCH to as many or more."
             )
-        self._progress = Progress(len(names), share, settings.momentum, max_iter)
+        # Without the gain's rates the base batch may be any, also a larger one.
+        self._progress = Progress(len(names), min(share, 1.0), settings.momentum, max_iter)
         self.measured = False
         self.tap: GradientTap | None = None
         self._comm_hook = comm_hook
@@ -131,8 +132,8 @@ class AGVM:
                     "there is one worker and one micro-batch"
                 )
                 way_out = (
-                    "Use two or more workers (--num-gpus 2), or set SOLVER.MICRO_BATCH_SIZE below "
-                    "SOLVER.IMS_PER_BATCH."
+                    "Use two or more workers (--num-gpus 2), or micro-batches of at most half of "
+                    "the batch: SOLVER.MICRO_BATCH_SIZE (train.micro_batch_size)."
                 )
                 if self.settings.by_gain:
                     raise ValueError(f"AGVM.SCHEDULE gain: {needs}. {way_out}")

@@ -11,18 +11,21 @@ import matplotlib.pyplot as plt  # plot.py has chosen the backend
 import numpy as np
 
 from .plot import colours_of, modules_of, read_config, read_metrics
-from .recipe import INTERVAL, MOMENTUM
+from .progress import foretell
+from .settings import AVERAGING_OF_GAIN, averaging
 from .validate import is_int
-from .variance import gain_of
 
 FLAT = 0.9  # of the time: what twice the batch still takes where it is hardly worth it
 LIMITS = (
     "It assumes that the noise scale depends on how far training is and not on the batch, and that "
     "the run has measured it well: an average lags behind, at the start and after a drop of the "
-    "learning rate, and few gradients per iteration measure a large noise scale badly. Images per "
-    "second per GPU are taken as they are at any batch; few images per GPU, or many GPUs, make "
-    "them fewer."
+    "learning rate, and few gradients per iteration measure a large noise scale badly."
 )
+HOURS = (
+    " Images per second per GPU are taken as they are at any batch; few images per GPU, or many "
+    "GPUs, make them fewer."
+)
+ENOUGH = 0.5  # share of training that should have been measured
 
 
 class Measured(NamedTuple):
@@ -32,6 +35,7 @@ class Measured(NamedTuple):
     iterations: int  # that training lasts with it
     # Module -> (share of training, images; inf where noise drowned the gradient).
     noise: dict[str, tuple[np.ndarray, np.ndarray]]
+    averaging: tuple[int, float] = AVERAGING_OF_GAIN  # that training by the gain will have
 
 
 class Row(NamedTuple):
@@ -90,12 +94,29 @@ def read_run(output_dir: str, base: int | None = None) -> Measured:
             raise ValueError(f"{output_dir} has no agvm/progress: it is a run of version 0.1.")
         share, scale = np.array(points).T
         noise[name] = (share / max_iter, np.where(np.isnan(scale), np.inf, scale))
-    return Measured(base, round(max_iter * own / base), noise)
+    own_averaging = AVERAGING_OF_GAIN
+    if value("AGVM.RULE", "agvm.rule") == "gain":
+        interval = value("AGVM.INTERVAL", "agvm.interval", -1)
+        own_averaging = averaging("gain", interval, value("AGVM.MOMENTUM", "agvm.momentum", -1))
+    return Measured(base, round(max_iter * own / base), noise, own_averaging)
+
+
+def coverage(measured: Measured) -> str:
+    """Which part of training was measured, in words."""
+    share, _ = measured.noise["model"]
+    first, last = 100 * share[0], 100 * share[-1]
+    text = f"Measured from {first:.0f} to {last:.0f} % of training, and taken to stay so outside."
+    if last - first < 100 * ENOUGH:
+        text += (
+            " That is little: the noise scale changes while training, most of all at the drops of "
+            "the learning rate. Let the run go to its end, with AGVM.START_ITER 0."
+        )
+    return text
 
 
 def predict(measured: Measured, batch: int) -> Row:
-    """Training by the gain as it will go, from its first iteration on, with the settings that
-    `agvm_d2.recipe --rule gain` prints.
+    """Training by the gain as it will go, from its first iteration on, with the run's own
+    AGVM.INTERVAL and MOMENTUM if its rule is the gain, else the defaults for it.
 
     Raises:
         ValueError: a batch below the base batch.
@@ -103,15 +124,9 @@ def predict(measured: Measured, batch: int) -> Row:
     if batch < measured.base:
         raise ValueError(f"--batches: {batch} is below the base batch, {measured.base} images.")
     share, noise = measured.noise["model"]
-    signal, total = 1 / noise, measured.iterations
-    progress, gain, iteration = 0.0, 1.0, 0
-    while progress < total:
-        if iteration % INTERVAL == 0:
-            now = float(np.interp(progress / total, share, signal))
-            gain = MOMENTUM * gain + (1 - MOMENTUM) * gain_of(now, measured.base, batch)
-        progress += gain
-        iteration += 1
-    return Row(batch, iteration, iteration * batch)
+    signal = list(zip(share.tolist(), (1 / noise).tolist(), strict=True))
+    iterations = foretell(signal, measured.base, batch, measured.iterations, measured.averaging)
+    return Row(batch, iterations, iterations * batch)
 
 
 def is_flat(measured: Measured, row: Row) -> bool:
@@ -206,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
             f"# Base: batch {measured.base}, {measured.iterations:,} iterations, "
             f"{measured.base * measured.iterations:,} images.\n"
             + table(measured, rows, args.gpus, args.images_per_second)
-            + f"\n# {LIMITS}"
+            + f"\n# {coverage(measured)}\n# {LIMITS}{HOURS if args.images_per_second else ''}"
         )
         draw(measured, rows, picture)
         print(picture)

@@ -1,12 +1,15 @@
 """Training counted in iterations of the base batch: how far it is, and where its LR schedule."""
 
 from __future__ import annotations
+import bisect
 import math
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 import torch
 
-from .variance import lr_gain
+from .settings import AVERAGING_OF_GAIN
+from .variance import gain_of, lr_gain
 
 if TYPE_CHECKING:
     from .moments import Moments
@@ -151,3 +154,40 @@ def check_scheduler(scheduler: Any) -> None:
             "last_epoch: Detectron2's LRMultiplier, with any fvcore ParamScheduler, or torch's "
             "LambdaLR."
         )
+
+
+def foretell(
+    signal: Sequence[tuple[float, float]],
+    base: int,
+    batch: int,
+    iterations: int,
+    averaging: tuple[int, float] = AVERAGING_OF_GAIN,
+) -> int:
+    """Iterations at `batch` that count as many as `iterations` at `base`, as `Progress` will count.
+
+    >>> foretell([(0.0, 0.0)], base=16, batch=64, iterations=1000)  # all noise: a gain of 4, soon
+    284
+
+    Args:
+        signal: (share of training, 1 / noise scale in images), in this order; between two of them
+            linear, before the first and after the last as there.
+        averaging: iterations between measurements, and the momentum of their average.
+    """
+    shares, values = zip(*signal, strict=True)
+    interval, momentum = averaging
+    progress, gain, iteration = 0.0, 1.0, 0
+    while progress < iterations:
+        if iteration % interval == 0:
+            new = gain_of(_between(progress / iterations, shares, values), base, batch)
+            gain = momentum * gain + (1 - momentum) * new
+        progress += gain
+        iteration += 1
+    return iteration
+
+
+def _between(x: float, xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Linear interpolation."""
+    i = bisect.bisect(xs, x)
+    if i in (0, len(xs)):
+        return ys[min(i, len(xs) - 1)]
+    return ys[i - 1] + (ys[i] - ys[i - 1]) * (x - xs[i - 1]) / (xs[i] - xs[i - 1])

@@ -32,8 +32,6 @@ IMAGES = {
 CLIP = 100
 # The paper has hardly a run below (Faster R-CNN, batch 1536: 924).
 FEW_ITERATIONS = 900
-# With AGVM.SCHEDULE gain: an average over some 50 iterations, as in this package's study.
-INTERVAL, MOMENTUM = 5, 0.9
 
 
 class Baseline(NamedTuple):
@@ -104,7 +102,7 @@ def recipe(
         if batch < base.batch:
             raise ValueError(f"--batch-size {batch}: is below {base.batch}, the config's own")
         agvm = {"ENABLED": True, "RULE": "gain", "SCHEDULE": "gain", "BASE_BATCH_SIZE": base.batch}
-        agvm |= {"MODE": "modulate", "INTERVAL": INTERVAL, "MOMENTUM": MOMENTUM, "START_ITER": -1}
+        agvm |= {"MODE": "modulate", "INTERVAL": -1, "MOMENTUM": -1.0, "START_ITER": -1}
         return {"SOLVER": {"IMS_PER_BATCH": batch}, "AGVM": agvm}
     lr = scaled_lr(batch, scaling, base.lr, base.batch)
     shrink = base.batch / batch
@@ -370,9 +368,13 @@ def main(argv: list[str] | None = None) -> None:
     micro = "train.micro_batch_size" if base.lazy else "SOLVER.MICRO_BATCH_SIZE"
     print(
         "# AGVM compares the gradients of workers or of micro-batches: with one GPU set\n"
-        f"# {micro} to what fits into its memory."
+        f"# {micro} to what fits into its memory, at most half of the batch."
     )
     if base.agvm is None:
+        if args.scaling == "gain":  # the defaults again, where the config has others
+            for name in ("MODE", "INTERVAL", "MOMENTUM", "START_ITER"):
+                if _old(base.config, f"AGVM.{name}") in (None, keys["AGVM"][name]):
+                    del keys["AGVM"][name]
         print(as_yaml(keys, base.config), end="")
     else:
         print(as_python(keys, base.agvm, base.config), end="")

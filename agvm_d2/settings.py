@@ -19,11 +19,17 @@ def _are_pairs(value: Any) -> bool:
     return pairs and all([type(x) for x in pair] == [str, str] for pair in value)
 
 
+# Iterations between measurements and the average's momentum, where they are not given: the paper's;
+# with the gain, which decides from the start on how long training lasts, an average over some 50
+# iterations instead of 330.
+AVERAGING, AVERAGING_OF_GAIN = (10, 0.97), (5, 0.9)
+
 # (condition, what it asks for), or the names to choose from.
 Allowed = tuple[Callable[[Any], Any], str] | Collection[str]
 POSITIVE: Allowed = (lambda v: is_int(v) and v >= 1, "be at least 1")
+INTERVAL: Allowed = (lambda v: is_int(v) and (v >= 1 or v == -1), "be at least 1, or -1")
 ITERATION: Allowed = (lambda v: is_int(v) and v >= -1, "be -1 or an iteration")
-SHARE: Allowed = (lambda v: is_number(v) and 0 <= v < 1, "be in [0, 1)")
+SHARE: Allowed = (lambda v: is_number(v) and (0 <= v < 1 or v == -1), "be in [0, 1), or -1")
 NAME: Allowed = (lambda v: isinstance(v, str), "be a module's name")
 PAIRS: Allowed = (_are_pairs, "be pairs (module name, regex)")
 BOUNDS: Allowed = (
@@ -36,13 +42,19 @@ def _option(default: Any, allowed: Allowed, meaning: str) -> Any:
     return dataclasses.field(default=default, metadata={"allowed": allowed, "meaning": meaning})
 
 
+def averaging(rule: str, interval: int = -1, momentum: float = -1.0) -> tuple[int, float]:
+    """Interval and momentum, each the rule's own where it is -1."""
+    own = AVERAGING_OF_GAIN if rule == "gain" else AVERAGING
+    return own[0] if interval == -1 else interval, own[1] if momentum == -1 else momentum
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How AGVM measures and what it does with it.
 
     >>> Settings(interval=0).check()
     Traceback (most recent call last):
-    ValueError: AGVM.INTERVAL: found 0, but it must be at least 1.
+    ValueError: AGVM.INTERVAL: found 0, but it must be at least 1, or -1.
     """
 
     mode: str = _option("modulate", ("modulate", "monitor"), '"monitor": measure and log only')
@@ -50,16 +62,16 @@ class Settings:
     rule: str = _option("variance", RULES, '"gain": each module\'s AdaScale gain')
     schedule: str = _option("iterations", ("iterations", "gain"), '"gain": LR and end by progress')
     base_batch_size: int = _option(16, POSITIVE, 'for "gain": the batch that the LR is for')
-    interval: int = _option(10, POSITIVE, "iterations between measurements")
+    interval: int = _option(-1, INTERVAL, 'iterations between measurements; -1: 10, "gain" 5')
     start_iter: int = _option(-1, ITERATION, "first measured; -1: 100 iterations after warm-up")
     stop_iter: int = _option(-1, ITERATION, "from here on factors are 1; -1: never")
-    momentum: float = _option(0.97, SHARE, "of the factors' moving average")
+    momentum: float = _option(-1.0, SHARE, 'of the moving average; -1: 0.97, "gain" 0.9')
     ratio_range: tuple[float, float] = _option((0.5, 10.0), BOUNDS, "of the variance ratio")
     anchor: str = _option("backbone", NAME, "the module that the others are brought to")
     modules: tuple[tuple[str, str], ...] = _option((), PAIRS, "first match wins; (): known ones")
 
     def check(self, key: Callable[[str], str] = lambda name: f"AGVM.{name.upper()}") -> Settings:
-        """These settings, if they are good.
+        """These settings, if they are good, with an interval and a momentum.
 
         Args:
             key: field name -> what a message calls it.
@@ -85,7 +97,8 @@ class Settings:
                 f"learning rate that grows with the gain makes up for fewer iterations. Set "
                 f"{key('rule')} to 'gain', or {key('schedule')} to 'iterations'."
             )
-        return self
+        interval, momentum = averaging(self.rule, self.interval, self.momentum)
+        return dataclasses.replace(self, interval=interval, momentum=momentum)
 
     @property
     def by_gain(self) -> bool:

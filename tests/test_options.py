@@ -105,7 +105,10 @@ def test_each_reaches_agvm(make, key, tmp_path):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     split_param_groups(optimizer, model, options.get("modules", ()))
     settings = dataclasses.asdict(make(model, optimizer, options, tmp_path).agvm.settings)
-    for name, default in {**DEFAULTS, "start_iter": settings["start_iter"], **options}.items():
+    own = {"start_iter": settings["start_iter"], "interval": 10, "momentum": 0.97}
+    if options.get("rule") == "gain":
+        own |= {"interval": 5, "momentum": 0.9}
+    for name, default in {**DEFAULTS, **own, **options}.items():
         value = settings[name]
         if isinstance(value, list):  # a LazyConfig's
             value = tuple(tuple(v) if isinstance(v, list) else v for v in value)

@@ -9,6 +9,7 @@ from helpers import VITDET
 
 from agvm_d2 import plan
 from agvm_d2.d2 import lazy
+from agvm_d2.variance import gain_of
 
 
 def measured(noise, iterations=16_000, base=16):
@@ -20,7 +21,7 @@ def measured(noise, iterations=16_000, base=16):
 @pytest.mark.parametrize("noise, gain", [(1e-6, 1), (48, 16 / 7), (1e9, 4), (np.inf, 4)])
 def test_one_noise_scale_gives_one_gain(noise, gain):
     # (1 + 48/16)/(1 + 48/64) = 16/7; all signal 1; all noise 64/16.
-    assert plan.gain_of(1 / noise, 16, 64) == pytest.approx(gain)
+    assert gain_of(1 / noise, 16, 64) == pytest.approx(gain)
     row = plan.predict(measured([noise]), 64)
     # The gain's average starts at 1: each of the first measurements is late by 5 iterations x
     # 0.9/(1 - 0.9) of them, so 45 (gain - 1) of progress is missing.
@@ -111,6 +112,36 @@ def test_a_measurement_without_a_noise_scale_was_all_noise(tmp_path):
     assert images.tolist() == [10, np.inf, 20, np.inf]
 
 
+@pytest.mark.parametrize(
+    "rule, keys, averaging",
+    [
+        ("gain", "INTERVAL: 10, MOMENTUM: 0.97", (10, 0.97)),  # its own
+        ("gain", "INTERVAL: -1", (5, 0.9)),
+        ("variance", "INTERVAL: 10, MOMENTUM: 0.97", (5, 0.9)),  # what the gain will have
+    ],
+)
+def test_the_plan_is_for_the_average_that_training_will_have(rule, keys, averaging, tmp_path):
+    text = YAML.format(batch=64, max_iter=1000, mode="monitor", rule=rule, schedule="x")
+    found = plan.read_run(write(tmp_path, text.replace("MODE:", f"{keys}, MODE:"), ROWS))
+    assert found.averaging == averaging
+
+
+def test_a_slower_average_takes_longer():
+    noise = measured([1e9])  # a gain of 4
+    slow = noise._replace(averaging=(10, 0.97))
+    # 16,000 / 4, and late by 10 x 0.97/0.03 measurements x 3/4 instead of 5 x 0.9/0.1.
+    assert plan.predict(slow, 64).iterations == pytest.approx(4000 + 323 * 3 / 4, abs=5)
+    assert plan.predict(noise, 64).iterations == pytest.approx(4000 + 45 * 3 / 4, abs=5)
+
+
+@pytest.mark.parametrize("share, little", [([0.05, 0.98], False), ([0.35, 0.45], True)])
+def test_how_much_was_measured_is_said(share, little):
+    noise = (np.array(share), np.array([10.0, 20.0]))
+    said = plan.coverage(plan.Measured(16, 1000, {"model": noise}))
+    assert f"from {100 * share[0]:.0f} to {100 * share[1]:.0f} % of training" in said
+    assert ("That is little" in said) == little
+
+
 def test_a_lazyconfigs_run(tmp_path):
     cfg = lazy.load(VITDET, ["train.max_iter=500", "agvm.mode=monitor"])
     folder = write(tmp_path, "", ROWS)
@@ -126,7 +157,7 @@ def test_the_command(capsys, tmp_path):
     out = capsys.readouterr().out
     assert "Base: batch 16, 1,000 iterations, 16,000 images" in out
     assert [line.split()[0] for line in out.splitlines()[2:4]] == ["32", "64"]
-    assert plan.LIMITS in out
+    assert plan.LIMITS in out and plan.HOURS in out and "That is little" in out
     assert (tmp_path / "run" / "plan.png").stat().st_size > 10_000
 
 

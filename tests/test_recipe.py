@@ -40,7 +40,7 @@ def test_what_it_prints_can_be_pasted_and_is_the_papers_recipe(capsys, tmp_path)
     assert solver.WARMUP_ITERS == 458  # two epochs: 2 x 117,266 / 512
     assert solver.WARMUP_METHOD == "exp" and "is two epochs of 117,266 images" in out
     assert solver.CLIP_GRADIENTS.ITER_RANGE == (358, 559)
-    assert cfg.AGVM.START_ITER == 558 and cfg.AGVM.INTERVAL == 10
+    assert cfg.AGVM.START_ITER == 558 and cfg.AGVM.INTERVAL == -1
 
 
 def test_a_comment_has_what_each_key_was(capsys, tmp_path):
@@ -51,7 +51,7 @@ def test_a_comment_has_what_each_key_was(capsys, tmp_path):
     assert "  WARMUP_FACTOR: 0.001\n" in out  # the same
     gain = run(capsys, "--config-file", VITDET, "--batch-size", 64, "--rule", "gain")
     assert "total_batch_size = 64  # was 16\n" in gain
-    assert "# was {'rule': 'variance', 'momentum': 0.97, 'start_iter': 100}\n" in gain
+    assert "# was {'rule': 'variance', 'interval': 5, 'start_iter': 100}\n" in gain
 
 
 @pytest.mark.parametrize("path, batch", [(FASTER, 16), (DIGITS, 64), (VITDET, 16)])
@@ -132,7 +132,10 @@ def test_the_gain_changes_nothing_of_the_solver_but_the_batch(capsys, tmp_path):
     assert {k for k in base if solver[k] != base[k]} == {"IMS_PER_BATCH"}
     agvm = pasted(out, tmp_path).AGVM
     assert (agvm.RULE, agvm.SCHEDULE, agvm.BASE_BATCH_SIZE) == ("gain", "gain", 16)
-    assert (agvm.INTERVAL, agvm.MOMENTUM, agvm.START_ITER) == (5, 0.9, -1)
+    assert (agvm.INTERVAL, agvm.MOMENTUM, agvm.START_ITER) == (-1, -1.0, -1)
+    assert yaml.safe_load(out)["AGVM"].keys() == {"ENABLED", "RULE", "SCHEDULE", "BASE_BATCH_SIZE"}
+    digits = run(capsys, "--config-file", DIGITS, "--batch-size", 256, "--rule", "gain")
+    assert "  INTERVAL: -1  # was 5\n  START_ITER: -1  # was 100\n" in digits
 
 
 def test_a_lazyconfig_takes_what_is_printed(capsys, tmp_path):

@@ -19,8 +19,8 @@ from ..agvm import AGVM
 from ..modulator import Modulator
 from ..modules import module_table
 from ..moments import CommHook
+from ..progress import foretell
 from ..settings import Settings
-from ..variance import gain_of
 from .checks import check_detectron2
 from .gain_schedule import GainSchedule
 from .micro_batches import micro_batches as micro_batches_of
@@ -28,13 +28,16 @@ from .micro_batches import micro_batches as micro_batches_of
 logger = logging.getLogger("detectron2.agvm_d2")
 
 
-def noise_summary(noise: Sequence[float], batch: int) -> str:
+def noise_summary(measured: Sequence[tuple[int, float]], batch: int, iterations: int) -> str:
     """What a monitored run says about its batch, in words.
 
     Args:
-        noise: noise scales of the whole model in images; NaN where noise drowned the gradient.
+        measured: (iteration, noise scale of the whole model in images; NaN where noise drowned the
+            gradient).
         batch: images of one iteration.
+        iterations: of training.
     """
+    noise = [images for _, images in measured]
     known = [images for images in noise if math.isfinite(images)]
     if 2 * len(known) < len(noise):
         return (
@@ -43,16 +46,19 @@ def noise_summary(noise: Sequence[float], batch: int) -> str:
             "iterations; how many is not known."
         )
     # As agvm_d2.plan: what was not measurable is all noise.
-    signal = [1 / max(images, 1e-9) if math.isfinite(images) else 0.0 for images in noise]
+    signal = [
+        (i / iterations, 1 / max(images, 1e-9) if math.isfinite(images) else 0.0)
+        for i, images in measured
+    ]
 
     def would(times: int) -> str:  # with so many times the batch
-        left = statistics.fmean(1 / gain_of(s, batch, times * batch) for s in signal)
+        left = foretell(signal, batch, times * batch, iterations) / iterations
         saved, read = 100 * (1 - left), times * left
         return f"save {saved:.0f} % of the iterations and read {read:.2f} times the images"
 
     return (
         f"model: noise scale of {statistics.median(known):,.0f} images at batch {batch} (median of "
-        f"{len(known)} of {len(noise)} measurements). By the gain, twice the batch would "
+        f"{len(known)} of {len(noise)} measurements). Trained by the gain, twice the batch would "
         f"{would(2)}; four times the batch would {would(4)}. `python -m agvm_d2.plan OUTPUT_DIR "
         "--batches N ...` says so for any batch."
     )
@@ -108,7 +114,7 @@ class AGVMHook(HookBase):
         self._heard_by: object = None  # the inner trainer
         self._schedule: GainSchedule | None = None
         self._loaded = False
-        self._noise: list[float] = []  # the model's noise scales, monitored in this run
+        self._noise: list[tuple[int, float]] = []  # iteration, the model's, monitored in this run
 
     @classmethod
     def from_config(cls, cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
@@ -199,7 +205,7 @@ class AGVMHook(HookBase):
             for name, value in self.agvm.scalars().items():
                 storage.put_scalar(name, value, smoothing_hint=False)
             if self.agvm.batch_size and self.agvm.settings.mode == "monitor":
-                self._noise.append(self.noise_scale()["model"])
+                self._noise.append((storage.iter, self.noise_scale()["model"]))
         found = modulator.num_units and not modulator.variance.isnan().all()
         if found and modulator.active(storage.iter) and (storage.iter + 1) % self._log_period == 0:
             line = "  ".join(
@@ -220,8 +226,10 @@ class AGVMHook(HookBase):
 
     def after_train(self) -> None:
         self.agvm.detach()
-        if self._noise and self.agvm.batch_size:
-            logger.info(f"AGVM, monitored: {noise_summary(self._noise, self.agvm.batch_size)}")
+        batch_size = self.agvm.batch_size
+        if self._noise and batch_size:
+            end = getattr(self.trainer, "max_iter", None) or self._noise[-1][0] + 1
+            logger.info(f"AGVM, monitored: {noise_summary(self._noise, batch_size, end)}")
         self._noise = []
 
     def noise_scale(self) -> dict[str, float]:

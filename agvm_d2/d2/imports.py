@@ -45,12 +45,15 @@ def import_project(names: Sequence[str], cfg: CfgNode) -> CfgNode:
                 call = getattr(found, function)
                 cfg = (call(cfg) or cfg) if inspect.signature(call).parameters else call()
         except Exception as error:  # the module is code: anything
-            raise ValueError(f"--import {name}: {type(error).__name__}: {error}") from error
+            hint = "; import its package by name, without .py" if "relative" in str(error) else ""
+            raise ValueError(f"--import {name}: {type(error).__name__}: {error}{hint}") from error
     return cfg
 
 
 def _module(name: str) -> ModuleType:
     if not name.endswith(".py"):
+        if os.getcwd() not in sys.path:  # a console script's path lacks it
+            sys.path.append(os.getcwd())
         return importlib.import_module(name)
     path = os.path.abspath(name)
     folder, file = os.path.split(path)

@@ -109,6 +109,11 @@ def load(path: str, overrides: list[str]) -> DictConfig:
     except Exception as error:  # hydra's parser has errors of its own
         raise ValueError(f"config: overrides {overrides}: {error}") from None
     _fill_start_iter(cfg)
+    evaluator = OmegaConf.select(cfg, "dataloader.evaluator")
+    target = evaluator.get("_target_") if OmegaConf.is_dict(evaluator) else None
+    name = getattr(target, "__name__", str(target).rpartition(".")[2])
+    if name == "COCOEvaluator" and evaluator.get("output_dir") is None:
+        evaluator.output_dir = "${train.output_dir}/inference"  # or it takes COCO files only
     return cfg
 
 

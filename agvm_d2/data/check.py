@@ -24,11 +24,13 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 import numpy as np
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import file_lock
 
+from ..d2.imports import add_flag, import_project
 from .annotations import Annotations, check_annotations
 from .coco_json import check_json, check_panoptic
 from .faults import ERROR, WARNING, DatasetError, Fault, Findings, Report
@@ -270,10 +272,19 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="+", metavar="NAME", help="registered datasets")
+    add_flag(parser)
+    args = parser.parse_args(argv)
+    try:
+        import_project(args.imports, get_cfg())
+    except ValueError as error:
+        sys.exit(f"agvm_d2.data.check: error: {error}")
     failed = False
-    for name in parser.parse_args(argv).names:
+    for name in args.names:
         if name not in DatasetCatalog.list():
-            sys.exit(f"agvm_d2.data.check: error: '{name}' is not a registered dataset")
+            sys.exit(
+                f"agvm_d2.data.check: error: '{name}' is not a registered dataset; a project's are "
+                "registered by --import"
+            )
         lines = list(_lines(name))
         for bad, line in lines:
             print(f"{'error' if bad else 'warning'}: {line}")

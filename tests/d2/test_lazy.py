@@ -119,6 +119,13 @@ def test_a_stock_config_has_agvm_from_the_end_of_its_warm_up_on():
         lazy.check(lazy.read(STOCK), 1)
 
 
+def test_a_stock_config_is_evaluated_also_without_a_coco_file():
+    evaluator = lazy.load(STOCK, [*CPU, "train.output_dir=out"]).dataloader.evaluator
+    assert evaluator.output_dir == "out/inference"
+    mine = lazy.load(STOCK, [*CPU, "dataloader.evaluator.output_dir=mine"])
+    assert mine.dataloader.evaluator.output_dir == "mine"
+
+
 def test_a_stock_config_takes_overrides_of_this_packages_keys():
     more = (
         "agvm.start_iter=100 agvm.rule=gain train.micro_batch_size=2 train.seed=3 "
