@@ -39,7 +39,7 @@ OTHERS = {
 def in_docs() -> dict[str, str]:
     """Key -> its default, of the table in docs/keys.md; keys may share a row."""
     with open(os.path.join(ROOT, "docs", "keys.md")) as f:
-        section = f.read()
+        section = f.read().partition("\n## ")[0]
     found: dict[str, str] = {}
     for row in re.findall(r"^\| (`.*?) \| (.*?) \|", section, flags=re.M):
         keys = re.findall(r"`(.*?)`", row[0])
