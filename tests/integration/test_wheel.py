@@ -6,7 +6,8 @@ import subprocess
 import sys
 import venv
 import pytest
-from helpers import ROOT
+import torch
+from helpers import ROOT, same
 
 from agvm_d2 import model_zoo
 
@@ -16,6 +17,75 @@ SHORT = (
     "SOLVER.IMS_PER_BATCH 4 SOLVER.MICRO_BATCH_SIZE 0 SOLVER.MAX_ITER 4 SOLVER.WARMUP_ITERS 1 "
     "SOLVER.STEPS (3,) AGVM.START_ITER 1 AGVM.INTERVAL 1 DATALOADER.NUM_WORKERS 0 "
     "TEST.EXPECTED_RESULTS []"
+).split()
+# A project of its own: dataset, mapper and training script.
+SHAPES = """
+import copy
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, BoxMode, Instances
+from PIL import Image
+
+def records():
+    rng = np.random.default_rng(0)
+    found = []
+    for i in range(12):
+        x, y = (int(v) for v in rng.integers(4, 40, 2))
+        pixels = rng.integers(0, 80, (64, 64, 3)).astype(np.uint8)
+        pixels[y : y + 16, x : x + 16] = 255
+        Image.fromarray(pixels).save(f"shape{i}.png")
+        box = {"bbox": [x, y, x + 16, y + 16], "bbox_mode": BoxMode.XYXY_ABS, "category_id": i % 2}
+        found.append({"file_name": f"shape{i}.png", "image_id": i, "height": 64, "width": 64,
+                      "annotations": [box]})
+    return found
+
+DatasetCatalog.register("shapes", records)
+MetadataCatalog.get("shapes").thing_classes = ["even", "odd"]
+
+class Noisy:  # draws random numbers for each image, as an augmentation does
+    def __call__(self, record):
+        record = copy.deepcopy(record)
+        pixels = np.asarray(Image.open(record["file_name"])).astype(np.float32)
+        pixels = pixels + np.random.normal(0, 5, pixels.shape)
+        record["image"] = torch.as_tensor(pixels.transpose(2, 0, 1).copy()).float()
+        truth = Instances((64, 64))
+        truth.gt_boxes = Boxes([b["bbox"] for b in record["annotations"]])
+        truth.gt_classes = torch.tensor([b["category_id"] for b in record["annotations"]])
+        record["instances"] = truth
+        return record
+"""
+SCRIPT = """
+import sys
+from detectron2.config import get_cfg
+from detectron2.data import build_detection_train_loader
+from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup
+from agvm_d2 import AGVMTrainerMixin, add_agvm_config, model_zoo
+import shapes
+
+class YourTrainer(DefaultTrainer):
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return build_detection_train_loader(cfg, mapper=shapes.Noisy())
+
+class Trainer(AGVMTrainerMixin, YourTrainer):
+    pass
+
+args = default_argument_parser().parse_args()
+args.config_file = model_zoo.get_config_file(args.config_file)
+cfg = get_cfg()
+add_agvm_config(cfg)
+cfg.merge_from_file(args.config_file)
+cfg.merge_from_list(args.opts)
+default_setup(cfg, args)
+trainer = Trainer(cfg)
+trainer.resume_or_load(resume=args.resume)
+trainer.train()
+"""
+OWN = (
+    "DATASETS.TRAIN ('shapes',) DATASETS.TEST () MODEL.ROI_HEADS.NUM_CLASSES 2 SEED 3 "
+    "SOLVER.MICRO_BATCH_SIZE 2 SOLVER.MAX_ITER 6 SOLVER.CHECKPOINT_PERIOD 2 "
+    "AGVM.RULE gain AGVM.SCHEDULE iterations AGVM.BASE_BATCH_SIZE 2"
 ).split()
 SOURCES = ("agvm_d2", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
@@ -95,3 +165,37 @@ def test_the_wheel_trains_in_two_workers_and_its_commands_work(outside, bin, tmp
     assert "agvm_d2.data.ade20k: error" in outside("agvm-ade20k", "none", ok=False)
     out = outside("agvm-train", "--config-file", "Digits.yaml", ok=False)
     assert out.splitlines()[-1].startswith("agvm_d2.train: error: --config-file: 'Digits.yaml' is")
+
+
+@pytest.mark.slow
+def test_a_project_outside_the_clone_resumes_bit_for_bit(outside, tmp_path):
+    (tmp_path / "shapes.py").write_text(SHAPES)
+    (tmp_path / "train.py").write_text(SCRIPT)
+
+    def train(folder, *flags):
+        outside(
+            "python",
+            "train.py",
+            "--config-file",
+            CONFIG,
+            *flags,
+            *SHORT,
+            *OWN,
+            *("OUTPUT_DIR", folder),
+        )
+        return torch.load(tmp_path / folder / "model_final.pth", weights_only=True)
+
+    whole = train("a")
+    (tmp_path / "b").mkdir()
+    shutil.copy(tmp_path / "a/model_0000003.pth", tmp_path / "b")
+    (tmp_path / "b/last_checkpoint").write_text("model_0000003.pth")
+    resumed = train("b", "--resume")
+    same(whole["model"], resumed["model"])
+    same(whole["trainer"]["hooks"]["AGVMHook"], resumed["trainer"]["hooks"]["AGVMHook"])
+    assert outside("agvm-plot", "b") == "b/agvm.png\n"
+    weights = ("MODEL.WEIGHTS", "b/model_final.pth", "MODEL.ROI_HEADS.NUM_CLASSES", 2)
+    assert "shapes.png" in outside(
+        "agvm-visualize", "--import", "shapes", "--config-file", CONFIG, "--out", "shapes.png",
+        "--num", 1, *weights, "DATASETS.TEST", "('shapes',)",
+    )  # fmt: skip
+    assert "nothing wrong" in outside("agvm-check-data", "--import", "shapes", "shapes")
