@@ -70,8 +70,13 @@ class Settings:
     anchor: str = _option("backbone", NAME, "the module that the others are brought to")
     modules: tuple[tuple[str, str], ...] = _option((), PAIRS, "first match wins; (): known ones")
 
+    def __post_init__(self) -> None:
+        interval, momentum = averaging(self.rule, self.interval, self.momentum)
+        object.__setattr__(self, "interval", interval)  # it is frozen
+        object.__setattr__(self, "momentum", momentum)
+
     def check(self, key: Callable[[str], str] = lambda name: f"AGVM.{name.upper()}") -> Settings:
-        """These settings, if they are good, with an interval and a momentum.
+        """These settings, if they are good.
 
         Args:
             key: field name -> what a message calls it.
@@ -97,8 +102,7 @@ class Settings:
                 f"learning rate that grows with the gain makes up for fewer iterations. Set "
                 f"{key('rule')} to 'gain', or {key('schedule')} to 'iterations'."
             )
-        interval, momentum = averaging(self.rule, self.interval, self.momentum)
-        return dataclasses.replace(self, interval=interval, momentum=momentum)
+        return self
 
     @property
     def by_gain(self) -> bool:

@@ -89,7 +89,7 @@ def load(path: str, overrides: list[str]) -> DictConfig:
         hint = did_you_mean("agvm", map(str, cfg))
         if hint != ".":
             raise ValueError(f"--config-file: '{path}' has no 'agvm'{hint}")
-        cfg.agvm = {"enabled": True, **dataclasses.asdict(Settings())}
+        cfg.agvm = {"enabled": True, **{f.name: f.default for f in dataclasses.fields(Settings)}}
     for override in overrides:
         key = override.split("=")[0].lstrip("+~")
         parent, _, name = key.rpartition(".")

@@ -112,7 +112,8 @@ def test_a_stock_config_has_agvm_from_the_end_of_its_warm_up_on():
     stock = lazy.load(STOCK, CPU)
     lazy.check(stock, 2)
     # Of 184,375 iterations 500 are warm-up.
-    assert stock.agvm == {"enabled": True, **dataclasses.asdict(Settings(start_iter=600))}
+    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    assert stock.agvm == {"enabled": True, **defaults, "start_iter": 600}
     assert lazy.load(STOCK, ["train.max_iter=36875"]).agvm.start_iter == 200
     assert lazy.load(STOCK, ["agvm.schedule=gain"]).agvm.start_iter == -1
     with pytest.raises(ValueError, match="no 'agvm': .*dict.enabled=False. trains without"):

@@ -40,6 +40,7 @@ def worker_pids(run):
     return found
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_launcher(tmp_path):
     run = runs.Run("launch", 2, str(tmp_path))
     run.wait_for("phase: training", 3)
