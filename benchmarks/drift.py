@@ -2,8 +2,8 @@
 """Do the modules' variances drift apart at a large batch, and why? The paper's Figure 1, its
 appendix figure and its experiment on RetinaNet, on the images of benchmarks/any_batch.
 
-    python -m benchmarks.drift grid --jobs 2       # runs that are missing; 25 runs of some minutes
-    python -m benchmarks.drift run --pipeline retinanet --optimizer sgd --batch 256
+    python -m benchmarks.drift grid --jobs 2  # runs that are missing; each takes 7 minutes or more
+    python -m benchmarks.drift run --pipeline retinanet --optimizer sgd --batch 128
     python -m benchmarks.drift draw                # docs/drift.png, and the table of docs/drift.md
 
 Runs are in monitor mode: what is measured changes nothing. Each sees as many images.
@@ -25,6 +25,7 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.meta_arch.retinanet import RetinaNet, RetinaNetHead
 from torch import nn
 
+from benchmarks.any_batch import run as any_batch
 from benchmarks.any_batch.run import train
 from benchmarks.any_batch.setting import PIPELINES, STAGES, MobileNetV2
 from benchmarks.any_batch.setting import Run as BaseRun
@@ -34,9 +35,10 @@ from benchmarks.study.run import start_process
 RESULTS = ROOT / "benchmarks/results/drift.jsonl"
 PAGE = ROOT / "docs/drift.md"
 BEGIN, END = "<!-- begin: python -m benchmarks.drift draw -->", "<!-- end -->"
-IMAGES = 24_000  # of each run
-SMALL, LARGE = 32, 256
-LR = {"sgd": {SMALL: 0.02, LARGE: 0.04}, "adamw": {SMALL: 0.001, LARGE: 0.002828}}
+IMAGES = 48_000  # of each run; at half as many a large batch is still all signal
+SMALL, LARGE = 32, 128
+LONG = {SMALL: 0.02, LARGE: 0.04}  # learning rates of any_batch's runs with SGD
+LR = {"sgd": {SMALL: 0.02, LARGE: 0.04}, "adamw": {SMALL: 0.001, LARGE: 0.002}}
 
 # Of the variances digitised from the paper's appendix figure, ± 0.02: in mid-training, at batch 32
 # and at 512.
@@ -157,12 +159,15 @@ TITLES = {
     "mask_rcnn": "Mask R-CNN",
     "panoptic_fpn": "Panoptic FPN",
     "semantic_fpn": "Semantic FPN",
-    "faster_rcnn_swin": "Faster R-CNN, Swin from scratch",
+    "faster_rcnn_swin": "Faster R-CNN, Swin",
     "retinanet_per_level": "RetinaNet, a head per level",
-    "retinanet_masked": "RetinaNet, 3/4 of the pixels without loss",
+    "retinanet_masked": "RetinaNet, 3/4 of pixels masked",
     "retinanet_no_fpn": "RetinaNet without FPN",
 }
 WHY = ("retinanet", "retinanet_per_level", "retinanet_masked", "retinanet_no_fpn")
+
+
+OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 
 
 class Key(NamedTuple):
@@ -180,20 +185,34 @@ class Key(NamedTuple):
         return BaseRun(self.pipeline, self.optimizer, self.batch, lr, 1, iterations, options)
 
 
-GRID = [
-    *(Key("retinanet", "sgd", batch) for batch in (SMALL, LARGE)),
-    *(Key(pipeline, "sgd", LARGE) for pipeline in WHY[1:]),
-    *(Key(p, "sgd", batch) for p in PANELS[1:] for batch in (SMALL, LARGE)),
-    *(Key(p, "adamw", batch) for p in PANELS for batch in (SMALL, LARGE)),
-    *(Key("faster_rcnn_swin", "adamw", batch) for batch in (SMALL, LARGE)),
+ORDER = [
+    *(Key(p, "sgd", batch) for p in PANELS for batch in (SMALL, LARGE)),
+    *(Key(p, "sgd", LARGE) for p in WHY[1:]),
+    *(Key(p, "adamw", batch) for p in (*PANELS, "faster_rcnn_swin") for batch in (SMALL, LARGE)),
 ]
+FIRST = [Key(p, "sgd", LARGE) for p in WHY]
+GRID = list(dict.fromkeys([*FIRST, *ORDER]))
 
 
 def read(path: Path = RESULTS) -> dict[Key, dict]:
-    if not path.exists():
-        return {}
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {Key(*(row[key] for key in Key._fields)): row for row in rows}
+    """The runs in `path`, and Faster R-CNN's with SGD, which are any_batch's, longer and with more
+    images."""
+    found = {}
+    for run, row in any_batch.read().items():
+        key = Key(run.pipeline, run.arm, run.batch)
+        if key[:2] == ("faster_rcnn", "sgd") and (run.lr, run.seed) == (LONG.get(run.batch), 1):
+            found[key] = {**row, "curves": variances(row)}
+    if path.exists():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        found |= {Key(*(row[key] for key in Key._fields)): row for row in rows}
+    return found
+
+
+def variances(row: dict) -> dict[str, list]:
+    """Module -> curve, of a row with all scalars."""
+    prefix = "variance/"
+    curves = row["curves"].items()
+    return {name.removeprefix(prefix): v for name, v in curves if name.startswith(prefix)}
 
 
 def do_run(key: Key, path: Path) -> None:
@@ -202,11 +221,7 @@ def do_run(key: Key, path: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     row = train(key.run(), folder)
     row = {**key._asdict(), **{k: v for k, v in row.items() if k not in ("pipeline", "batch")}}
-    row["curves"] = {
-        name.removeprefix("variance/"): values
-        for name, values in row["curves"].items()
-        if name.startswith("variance/")
-    }
+    row["curves"] = variances(row)
     with path.open("a") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         f.write(json.dumps(row) + "\n")
@@ -246,57 +261,52 @@ def smooth(curve: list[float | None], width: int = 7) -> list[float]:
 
 
 def draw(rows: dict[Key, dict], path: Path) -> None:
-    """Panels: a row per pipeline; small and large batch, SGD and AdamW. Below, why."""
+    """A panel for each run."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
     from agvm_d2.plot import colours_of
 
     names = ["backbone", "fpn", "head", "rpn", "box_head", "mask_head", "sem_seg_head"]
     colours = colours_of(names)
-    columns = [(o, b) for o in ("sgd", "adamw") for b in (SMALL, LARGE)]
-    titles = {"sgd": "SGD", "adamw": "AdamW"}
-
-    def panel(axis, key: Key, title: str) -> None:
-        for name, level in PAPER.get(key, {}).items():
-            axis.axhline(level, color=colours[name], lw=1, ls=":")
-        row = rows.get(key)
-        for name, curve in (row["curves"] if row else {}).items():
-            share = [100 * (i + 0.5) / len(curve) for i in range(len(curve))]
-            axis.plot(share, smooth(curve), color=colours.get(name, "0.6"), lw=1.5)
-        for drop in (75, 90):
-            axis.axvline(drop, color="0.85", lw=0.8, zorder=0)
-        axis.set(ylim=(0, 1.5), xlim=(0, 100))
-        axis.set_title(title, fontsize=9)
-
+    keys = [key for key in ORDER if key in rows]
     with plt.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
-        lines = [*PANELS, "faster_rcnn_swin", WHY]
-        figure, axes = plt.subplots(len(lines), 4, figsize=(12, 14), layout="constrained")
-        for line, row_axes in zip(lines, axes, strict=True):
-            for i, axis in enumerate(row_axes):
-                if line is WHY:
-                    panel(axis, Key(WHY[i], "sgd", LARGE), f"{TITLES[WHY[i]]}, {LARGE}")
-                elif line != "faster_rcnn_swin" or columns[i][0] == "adamw":
-                    key = Key(line, *columns[i])
-                    panel(axis, key, f"{TITLES[line]}, {titles[key.optimizer]}, {key.batch}")
-                else:
-                    axis.axis("off")
-            row_axes[0].set_ylabel("variance φ")
-        for name in names:
-            axes[-2][0].plot([], [], color=colours[name], label=name, lw=1.5)
-        axes[-2][0].plot([], [], color="0.3", ls=":", label="the paper's, 32 or 512, mid-training")
-        axes[-2][0].legend(frameon=False, loc="center", ncols=2, fontsize=9)
-        figure.supxlabel("% of training; the learning rate drops at 75 % and 90 %")
-        figure.savefig(path, dpi=100)
+        columns = min(4, len(keys))
+        lines = -(-len(keys) // columns)
+        size = 3.4 * columns, 2.6 * lines + 0.6
+        figure, axes = plt.subplots(
+            lines, columns, figsize=size, layout="constrained", squeeze=False
+        )
+        for axis in axes.flat[len(keys) :]:
+            axis.axis("off")
+        for axis, key in zip(axes.flat, keys, strict=False):
+            for name, level in PAPER.get(key, {}).items():
+                axis.axhline(level, color=colours[name], lw=1, ls=":")
+            for name, curve in rows[key]["curves"].items():
+                share = [100 * (i + 0.5) / len(curve) for i in range(len(curve))]
+                axis.plot(share, smooth(curve), color=colours.get(name, "0.6"), lw=1.5)
+            for drop in (75, 90):
+                axis.axvline(drop, color="0.85", lw=0.8, zorder=0)
+            axis.set(ylim=(0, 1.5), xlim=(0, 100), xlabel="% of training")
+            axis.set_title(f"{TITLES[key.pipeline]}, {OPTIMIZERS[key.optimizer]}, {key.batch}")
+        for axis in axes[:, 0]:
+            axis.set_ylabel("variance φ")
+        used = {name for key in keys for name in rows[key]["curves"]}
+        handles = [Line2D([], [], color=colours[n], label=n) for n in names if n in used]
+        paper = "the paper's at 32 or 512, mid-training"
+        handles.append(Line2D([], [], color="0.3", ls=":", label=paper))
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+        figure.savefig(path, dpi=120)
         plt.close(figure)
 
 
 def table(rows: dict[Key, dict]) -> str:
     """Mid-training -> after the drops, of each run."""
     lines = ["| pipeline | optimizer | batch | variance of each module |", "|---|---|---|---|"]
-    for key in GRID:
+    for key in ORDER:
         if key in rows:
             found = ", ".join(
                 f"{name} {middle:.2f} → {end:.2f}"
@@ -304,7 +314,7 @@ def table(rows: dict[Key, dict]) -> str:
             )
             if rows[key]["diverged_at"] is not None:
                 found = f"diverged at iteration {rows[key]['diverged_at']}"
-            optimizer = {"sgd": "SGD", "adamw": "AdamW"}[key.optimizer]
+            optimizer = OPTIMIZERS[key.optimizer]
             lines.append(f"| {TITLES[key.pipeline]} | {optimizer} | {key.batch} | {found} |")
     return "\n".join(lines)
 
