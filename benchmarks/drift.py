@@ -14,6 +14,7 @@ import argparse
 import concurrent.futures
 import fcntl
 import json
+import math
 import shutil
 import statistics
 from pathlib import Path
@@ -252,14 +253,6 @@ def levels(row: dict) -> dict[str, tuple[float, float]]:
     return found
 
 
-def smooth(curve: list[float | None], width: int = 7) -> list[float]:
-    """A moving mean over `width` points, fewer at the ends."""
-    half = width // 2
-    parts = ([v for v in curve[max(0, i - half) : i + half + 1] if v is not None]
-             for i in range(len(curve)))  # fmt: skip
-    return [statistics.fmean(part) if part else float("nan") for part in parts]
-
-
 def draw(rows: dict[Key, dict], path: Path) -> None:
     """A panel for each run."""
     import matplotlib
@@ -268,7 +261,7 @@ def draw(rows: dict[Key, dict], path: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
-    from agvm_d2.plot import colours_of
+    from agvm_d2.plot import colours_of, smooth
 
     names = ["backbone", "fpn", "head", "rpn", "box_head", "mask_head", "sem_seg_head"]
     colours = colours_of(names)
@@ -287,7 +280,8 @@ def draw(rows: dict[Key, dict], path: Path) -> None:
                 axis.axhline(level, color=colours[name], lw=1, ls=":")
             for name, curve in rows[key]["curves"].items():
                 share = [100 * (i + 0.5) / len(curve) for i in range(len(curve))]
-                axis.plot(share, smooth(curve), color=colours.get(name, "0.6"), lw=1.5)
+                values = [math.nan if v is None else v for v in curve]
+                axis.plot(share, smooth(values), color=colours.get(name, "0.6"), lw=1.5)
             for drop in (75, 90):
                 axis.axvline(drop, color="0.85", lw=0.8, zorder=0)
             axis.set(ylim=(0, 1.5), xlim=(0, 100), xlabel="% of training")

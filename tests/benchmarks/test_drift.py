@@ -58,7 +58,3 @@ def test_three_quarters_of_the_pixels_have_no_loss():
 def test_levels_are_means_of_the_middle_and_the_end():
     curve = [9.0] * 15 + [0.5] * 15 + [7.0] * 6 + [1.0, None, 1.0, 1.0]
     assert drift.levels({"curves": {"fpn": curve}}) == {"fpn": (0.5, 1.0)}
-
-
-def test_smooth_is_a_moving_mean():
-    assert drift.smooth([1.0, 2.0, None, 5.0], 3) == [1.5, 1.5, 3.5, 5.0]
