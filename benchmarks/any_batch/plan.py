@@ -30,13 +30,26 @@ GRID: list[Run] = [
         for arm, batch in (("sgd", BASE), *(("gain", n) for n in (128, 64, 256)), ("whole", 128))
         for run in runs(arm, batch, LR, seeds=(seed,))
     ),
-    # Controls with as many iterations.
-    *(run for arm in ("sgd_soft", "sgd_3") for run in runs(arm, 128, 2 * LR, iterations=TOOK[128])),
-    *runs("agvm", 128, 2 * LR, iterations=TOOK[128]),
-    *runs("adamw", BASE, 0.0005, 0.001, 0.002),
+    # Another pipeline, and Adam's rule: the gain or its root.
+    Run("panoptic_fpn", "sgd", BASE, LR, 1),
+    *runs("adamw", BASE, 0.001, 0.0005),
+    Run("panoptic_fpn", "gain", 128, LR, 1),
     *(run for arm in ("gain_adamw", "sqrt_gain_adamw") for run in runs(arm, 128, 0.001)),
-    *(Run(p, "sgd", BASE, LR, 1) for p in ("panoptic_fpn", "mask_rcnn")),
-    *(Run(p, "gain", 128, LR, 1) for p in ("panoptic_fpn", "mask_rcnn")),
+    *(Run("panoptic_fpn", "gain", batch, LR, 1) for batch in (256, 64)),
+    # Controls with as many iterations.
+    *(
+        run
+        for arm in ("sgd_3", "agvm", "sgd_soft")
+        for run in runs(arm, 128, 2 * LR, iterations=TOOK[128])
+    ),
+    *(
+        Run("panoptic_fpn", arm, batch, LR, seed)
+        for seed in SEEDS[1:]
+        for arm, batch in (("sgd", BASE), ("gain", 128), ("gain", 256), ("gain", 64))
+    ),
+    *runs("adamw", BASE, 0.002),
+    Run("mask_rcnn", "sgd", BASE, LR, 1),
+    Run("mask_rcnn", "gain", 128, LR, 1),
     *runs("sgd", 128, LR, 4 * LR, iterations=TOOK[128]),
     *runs("agvm", 128, LR, iterations=TOOK[128]),
     *(run for arm in ("gain_least", "gain_decay") for run in runs(arm, 128, LR)),
