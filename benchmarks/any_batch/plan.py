@@ -30,18 +30,17 @@ GRID: list[Run] = [
         for arm, batch in (("sgd", BASE), *(("gain", n) for n in (128, 64, 256)), ("whole", 128))
         for run in runs(arm, batch, LR, seeds=(seed,))
     ),
-    # Another pipeline, and Adam's rule: the gain or its root.
+    # Another pipeline, Adam's rule, the gain or its root, and controls with as many iterations.
     Run("panoptic_fpn", "sgd", BASE, LR, 1),
     *runs("adamw", BASE, 0.001, 0.0005),
+    *runs("gain_adamw", 128, 0.001),
     Run("panoptic_fpn", "gain", 128, LR, 1),
-    *(run for arm in ("gain_adamw", "sqrt_gain_adamw") for run in runs(arm, 128, 0.001)),
-    *(Run("panoptic_fpn", "gain", batch, LR, 1) for batch in (256, 64)),
-    # Controls with as many iterations.
-    *(
-        run
-        for arm in ("sgd_3", "agvm", "sgd_soft")
-        for run in runs(arm, 128, 2 * LR, iterations=TOOK[128])
-    ),
+    *runs("sqrt_gain_adamw", 128, 0.001),
+    *runs("gain_profile", 128, LR),
+    Run("panoptic_fpn", "gain", 256, LR, 1),
+    *runs("sgd_3", 128, 2 * LR, iterations=TOOK[128]),
+    Run("panoptic_fpn", "gain", 64, LR, 1),
+    *(run for arm in ("agvm", "sgd_soft") for run in runs(arm, 128, 2 * LR, iterations=TOOK[128])),
     *(
         Run("panoptic_fpn", arm, batch, LR, seed)
         for seed in SEEDS[1:]

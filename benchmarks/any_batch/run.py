@@ -10,69 +10,31 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 import torch
-from detectron2.engine import HookBase, default_setup
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
 
 from agvm_d2 import AGVMHook
-from agvm_d2.agvm import AGVM
 from agvm_d2.d2.checks import check_config
 from agvm_d2.d2.loader import build_train_loader
-from agvm_d2.progress import Progress
 from benchmarks.study import run as study
 
-from .scenes import Scenes
-from .setting import ARMS, PIPELINES, ROOT, Run, config, weights_hash
+from .curvature import AT, IMAGES, Curvature
+from .hooks import Curves, KeepDecay, LeastGain, Profile
+from .scenes import NUM_TRAIN, Scenes
+from .setting import ARMS, BASE, PIPELINES, ROOT, UNIT, Run, config, weights_hash
 
 RESULTS = ROOT / "benchmarks/results/any_batch.jsonl"
-POINTS = 60  # of each curve that a run keeps
+
+
+def mapper(cfg: CfgNode) -> Scenes:
+    stuff = cfg.MODEL.META_ARCHITECTURE in ("PanopticFPN", "SemanticSegmentor")
+    return Scenes(cfg.SEED, cfg.MODEL.MASK_ON, stuff)
 
 
 class Trainer(study.Trainer):
     @classmethod
     def build_train_loader(cls, cfg):
-        stuff = cfg.MODEL.META_ARCHITECTURE in ("PanopticFPN", "SemanticSegmentor")
-        return build_train_loader(cfg, mapper=Scenes(cfg.SEED, cfg.MODEL.MASK_ON, stuff))
-
-
-class Curves(HookBase):
-    """AGVM's scalars of each measured iteration."""
-
-    def __init__(self, agvm: AGVM):
-        self.agvm = agvm
-        self.rows: list[dict] = []
-
-    def after_step(self) -> None:
-        if self.agvm.measured:
-            self.rows.append({"iteration": self.trainer.iter, **self.agvm.scalars()})
-
-    def thin(self) -> dict[str, list]:
-        """Scalar -> values, None where it was not measurable."""
-        rows = self.rows[:: max(1, len(self.rows) // POINTS)]
-        names = sorted({name for row in rows for name in row})
-        return {
-            name.removeprefix("agvm/"): [
-                None if name not in row else float(f"{row[name]:.4g}") for row in rows
-            ]
-            for name in names
-        }
-
-
-class KeepDecay(HookBase):
-    """From the first drop of the learning rate on, the factors stay as they are."""
-
-    def __init__(self, agvm: AGVM, drop: int):
-        self.agvm, self.drop = agvm, drop
-
-    def after_step(self) -> None:
-        if self.agvm.progress >= self.drop:
-            self.agvm.modulator.rule = lambda moments: torch.full_like(moments.unit_sq, torch.nan)
-
-
-class LeastGain(Progress):
-    """A step counts as many steps of the base batch as the smallest module's gain."""
-
-    @property
-    def gain(self) -> float:
-        return self.gains[:-1].min().item()
+        return build_train_loader(cfg, mapper=mapper(cfg))
 
 
 def train(run: Run, folder: Path) -> dict:
@@ -84,18 +46,25 @@ def train(run: Run, folder: Path) -> dict:
     default_setup(cfg, argparse.Namespace(config_file="", eval_only=False))
     Trainer.backbone_lr = ARMS[run.arm].backbone_lr
     trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=False)
     agvm = next(h for h in trainer._hooks if isinstance(h, AGVMHook)).agvm
     arm, curves = ARMS[run.arm], Curves(agvm)
-    trainer.register_hooks([curves])
     if arm.by_least:
         model = agvm._progress
         least = LeastGain(len(agvm.modules), model.base_share, model.momentum, model.max_iter)
         agvm._progress = least
+    if arm.profile:
+        trainer.register_hooks([Profile(agvm)])
     if arm.keep_decay:
         trainer.register_hooks([KeepDecay(agvm, cfg.SOLVER.STEPS[0])])
+    curvature = None
+    if (run.arm, run.batch) == ("sgd", BASE):
+        images = [mapper(cfg)({"image_id": i}) for i in range(NUM_TRAIN - IMAGES, NUM_TRAIN)]
+        at = [round(share * run.iterations) for share in AT]
+        curvature = Curvature(agvm.modules, images, UNIT, at)
+        trainer.register_hooks([curvature])
+    trainer.register_hooks([curves])
+    trainer.resume_or_load(resume=True)  # of a run that was stopped
     task, metric, _ = PIPELINES[run.pipeline]
-    start = time.time()
     accuracy, diverged = 0.0, None
     try:
         trainer.train()
@@ -112,8 +81,9 @@ def train(run: Run, folder: Path) -> dict:
         "diverged_at": diverged,
         "took": done,
         "images": done * run.batch,
-        "seconds": round(time.time() - start),
+        "seconds": round(curves.seconds),
         "curves": curves.thin(),
+        "curvature": {} if curvature is None else curvature.found,
         "torch": torch.__version__,
         "machine": f"{study.cpu()}, 1 thread",
         "weights_hash": weights_hash(),
@@ -121,10 +91,10 @@ def train(run: Run, folder: Path) -> dict:
 
 
 def do_run(run: Run, path: Path) -> dict:
-    """Train here, and add the run's line to the results."""
+    """Train here, from where the run was stopped, and add its line to the results."""
     folder = ROOT / "output/any_batch" / run.name
-    shutil.rmtree(folder, ignore_errors=True)
     row = train(run, folder)
+    shutil.rmtree(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as f:
         fcntl.flock(f, fcntl.LOCK_EX)

@@ -120,6 +120,7 @@ class Arm(NamedTuple):
     backbone_lr: float = 1.0  # times the others'
     by_gain: bool = False  # lasts as long as the gain asks; else as many iterations as are given
     by_least: bool = False  # the smallest module's gain counts, not the model's
+    profile: bool = False  # times what `hooks.Profile` learns
     keep_decay: bool = False  # factors stay as they are at the first drop of the learning rate
 
 
@@ -138,6 +139,7 @@ ARMS = {
     "gain": Arm("module-wise AdaScale", GAIN, by_gain=True),
     "gain_least": Arm("module-wise AdaScale, least gain", GAIN, by_gain=True, by_least=True),
     "gain_decay": Arm("module-wise AdaScale, decay kept", GAIN, by_gain=True, keep_decay=True),
+    "gain_profile": Arm("module-wise AdaScale, learnt profile", GAIN, by_gain=True, profile=True),
     "gain_clipped": Arm(
         "module-wise AdaScale, clipped",
         f"AGVM.RULE gain_if_clipped AGVM.SCHEDULE gain {CLIPPED}",
@@ -153,13 +155,15 @@ ARMS = {
         by_gain=True,
     ),
 }
+# Masks of 14 x 14 pixels: a digit has at most 32, and training takes a fifth less.
+MASKS = "MODEL.MASK_ON True INPUT.MASK_FORMAT bitmask MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION 7"
 PIPELINES = {
     "faster_rcnn": ("bbox", "AP", ""),
-    "mask_rcnn": ("segm", "AP", "MODEL.MASK_ON True INPUT.MASK_FORMAT bitmask"),
+    "mask_rcnn": ("segm", "AP", MASKS),
     "panoptic_fpn": (
         "panoptic_seg",
         "PQ",
-        """MODEL.MASK_ON True INPUT.MASK_FORMAT bitmask MODEL.META_ARCHITECTURE PanopticFPN
+        f"""{MASKS} MODEL.META_ARCHITECTURE PanopticFPN
         MODEL.SEM_SEG_HEAD.NUM_CLASSES 16 MODEL.SEM_SEG_HEAD.CONVS_DIM 32
         MODEL.SEM_SEG_HEAD.LOSS_WEIGHT 0.5 DATASETS.TRAIN ('scenes_train_panoptic',)
         DATASETS.TEST ('scenes_val_panoptic',)""",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from agvm_d2.plan import Measured, predict
+from agvm_d2.variance import gain_of
 
 from .setting import ARMS, BASE, ITERATIONS, ROOT, Run
 
@@ -145,6 +146,36 @@ def which_gain(cells: Cells) -> str:
     return table(["pipeline", "batch", "LR", *(names or [])], lines)
 
 
+def noise_at(row: dict, module: str, share: float, width: float = 0.05) -> float:
+    """The module's noise scale in images around a share of training: of the mean signal, where
+    what was all noise has none."""
+    shares, images = measured(row).noise[module]
+    return 1 / max(float(np.mean(1 / images[abs(shares - share) <= width])), 1e-9)
+
+
+def best_rates(cells: Cells, batch: int = 256) -> str:
+    """Of base runs: each module's curvature and noise scale, and how its learning rate at `batch`
+    should stand to the backbone's, were the loss a quadratic; with AGVM's and the gain's answer."""
+    lines = []
+    for run, rows in sorted(cells.items()):
+        rows = [row for row in rows if row.get("curvature")]
+        for at in rows[0]["curvature"] if rows else ():
+            share, curvature, noise = int(at) / run.iterations, {}, {}
+            for module in rows[0]["curvature"][at]:
+                curvature[module] = statistics.fmean(row["curvature"][at][module] for row in rows)
+                noise[module] = statistics.fmean(noise_at(row, module, share) for row in rows)
+            best = {m: 1 / (c * (1 + noise[m] / batch)) for m, c in curvature.items()}
+            gain = {m: gain_of(1 / n, BASE, batch) for m, n in noise.items()}
+            # phi of two halves of the batch is 2 B/(batch + 2 B).
+            agvm = {m: ((batch + 2 * n) / (2 * n)) ** 0.5 for m, n in noise.items()}
+            for module in curvature:
+                ratios = [f"{r[module] / r['backbone']:.2f}" for r in (best, gain, agvm)]
+                numbers = f"{curvature[module]:.1f}", f"{noise[module]:.0f}"
+                lines.append([run.pipeline, at, module, *numbers, *ratios, str(len(rows))])
+    head = ["pipeline", "iteration", "module", "curvature", "noise scale"]
+    return table([*head, "best", "gain", "AGVM", "seeds"], lines)
+
+
 def report(rows: Rows) -> str:
     cells = by_cell(rows)
     seconds = sum(row["seconds"] for row in rows.values())
@@ -162,6 +193,11 @@ def report(rows: Rows) -> str:
             "\n### Which gain counts\n",
             "Iterations / the base's, if another gain had been the clock of the same run.\n",
             which_gain(cells),
+            "\n### Which way a module's rate should go\n",
+            "Curvature of the loss along each module's gradient, and noise scale in images, in "
+            "runs of the base batch. Then the rate at batch 256 over the backbone's: best on a "
+            "quadratic, 1/(c (1 + B/256)); by the gain; by AGVM. Equal rates are 1.\n",
+            best_rates(cells),
         ]
     )
 

@@ -1,7 +1,9 @@
 """The study of benchmarks/any_batch: its images, arms and rules; on the bundled digits, so that
 nothing is fetched."""
 
+import argparse
 import json
+import math
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from agvm_d2.d2.checks import check_config
 from agvm_d2.data import digits
 from agvm_d2.moments import pairwise_moments
 from agvm_d2.rules import RULES
-from benchmarks.any_batch import figures, run, scenes, setting, tables
+from benchmarks.any_batch import curvature, figures, hooks, run, scenes, setting, tables
 from benchmarks.any_batch.plan import GRID
 
 
@@ -79,11 +81,80 @@ def test_the_studys_rules(name, wanted):
 
 
 def test_the_least_gain_is_a_modules():
-    progress = run.LeastGain(modules=2, base_share=1 / 4, momentum=0.0)
+    progress = hooks.LeastGain(modules=2, base_share=1 / 4, momentum=0.0)
     progress.update(MOMENTS)
     progress.begin()
     progress.count(raised=True)
     assert progress.iterations == 1
+
+
+class Stub:
+    """Of AGVM, what the hooks need: modules, an optimizer and a modulator."""
+
+    def __init__(self, modules):
+        self.modules = modules
+        params = [p for ps in modules.values() for p in ps]
+        self.optimizer = torch.optim.SGD(params, lr=1.0, momentum=0.9)
+        self.modulator = argparse.Namespace(rule=lambda moments: torch.tensor([2.0, 2.0]))
+
+
+def test_a_profile_goes_where_gradient_and_momentum_agree(tmp_path):
+    a, b = (torch.nn.Parameter(torch.zeros(2)) for _ in "ab")
+    agvm = Stub({"a": [a], "b": [b]})
+    profile = hooks.Profile(agvm, rate=0.5, limit=2.0)
+    a.grad, b.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 5.0])
+    assert agvm.modulator.rule(MOMENTS).tolist() == [2, 2]  # no momentum yet
+    agvm.optimizer.step()
+    a.grad, b.grad = torch.tensor([1.0, 0.0]), torch.tensor([0.0, -1.0])  # cosines 1 and -1
+    assert agvm.modulator.rule(MOMENTS).tolist() == pytest.approx(
+        [2 * min(math.exp(0.5), 2), 2 * max(math.exp(-0.5), 1 / 2)]
+    )
+    again = hooks.Profile(Stub({"a": [a], "b": [b]}), rate=0.5, limit=2.0)
+    again.load_state_dict(profile.state_dict())
+    assert agvm.modulator.rule(MOMENTS).tolist() == [4, 1]  # at its limits
+    assert again(MOMENTS).tolist() == pytest.approx([2 * math.exp(0.5), 2 * math.exp(-0.5)])
+
+
+class Quadratic(torch.nn.Module):
+    """a has curvature 3, b 5; each sample has its own minimum."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (torch.nn.Parameter(torch.ones(2)) for _ in "ab")
+
+    def forward(self, samples):
+        at = torch.tensor([sample["at"] for sample in samples])[:, None]
+        return {
+            "a": 3 / 2 * (self.a - at).square().sum(1).mean(),
+            "b": 5 / 2 * (self.b - at).square().sum(1).mean(),
+        }
+
+
+def test_curvature_of_a_quadratic():
+    model = Quadratic()
+    model.a.grad = torch.tensor([7.0, 7.0])
+    samples = [{"at": float(i)} for i in range(5)]
+    hook = curvature.Curvature({"a": [model.a], "b": [model.b]}, samples, 2, [0])
+    hook.trainer = argparse.Namespace(iter=0, model=model)
+    before = torch.get_rng_state()
+    hook.after_step()
+    assert hook.found[0] == pytest.approx({"a": 3, "b": 5}, rel=1e-3)
+    # Training does not notice.
+    assert model.a.tolist() == [1, 1] and model.a.grad.tolist() == [7, 7] and model.b.grad is None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_a_run_keeps_outlives_a_resume():
+    agvm = argparse.Namespace(measured=True, scalars=lambda: {"agvm/gain/model": 2.0})
+    first, second = hooks.Curves(agvm), hooks.Curves(agvm)
+    for curves, iteration in ((first, 0), (second, 5)):
+        curves.trainer = argparse.Namespace(iter=iteration)
+        if curves is second:
+            first.before = 100.0
+            second.load_state_dict(first.state_dict())
+        curves.after_step()
+    assert second.thin() == {"iteration": [0, 5], "gain/model": [2, 2]}
+    assert second.seconds >= 100
 
 
 def test_results_are_read_back(tmp_path):
@@ -117,6 +188,8 @@ def test_the_tables_by_hand(tmp_path):
         gain: row(gain, 45.0, 1300),
         gain._replace(seed=2): row(gain._replace(seed=2), 47.0, 1500),
     }
+    rows[base]["curvature"] = {"1000": {"backbone": 4.0, "rpn": 2.0}}
+    rows[base]["curves"] |= {"noise_scale/backbone": [128.0] * 3, "noise_scale/rpn": [64.0] * 3}
     figures.draw(rows, tmp_path)
     assert (tmp_path / "any_batch.png").stat().st_size > 10_000
     text = tables.report(rows)
@@ -129,6 +202,11 @@ def test_the_tables_by_hand(tmp_path):
     assert "| SGD | 0.04 | 3000 | 1.00 | 1.0 | 40.0 (1) | 87 % |" in text
     # (1 + 96/32)/(1 + 96/128) = 16/7; 45 (16/7 - 1) of progress is missing at the start.
     assert f"| 0.02 | {round((3000 + 45 * 9 / 7) * 7 / 16)}" in text.split("plan / took")[1]
+    # Noise scales 64 and 128: best 1/(c (1 + B/256)), the gain (1 + B/32)/(1 + B/256), and AGVM
+    # sqrt((256 + 2 B)/2 B), each over the backbone's.
+    best, gained, agvm = (4 / 2) * (1.5 / 1.25), (3 / 1.25) / (5 / 1.5), (3 / 2) ** 0.5
+    assert f"| 1000 | backbone | 4.0 | 128 | {1:.2f} | {1:.2f} | {1:.2f} | 1 |" in text
+    assert f"| 1000 | rpn | 2.0 | 64 | {best:.2f} | {gained:.2f} | {agvm:.2f} | 1 |" in text
     # 2,000 iterations at a gain of 1 and 1,000 of progress at 2, 2.625, 1.25 and 4.
     shares = [f"{(2000 + 1000 / gain) / 3000:.2f} ± 0.00" for gain in (2, 2.625, 1.25, 4)]
     assert f"| 0.02 | {' | '.join(shares)} |" in text
