@@ -145,18 +145,12 @@ def micro_batches(cfg: DictConfig, num_workers: int) -> int:
     )
 
 
-def check(cfg: DictConfig, num_workers: int, eval_only: bool = False) -> None:
-    """See that the values of a LazyConfig can be used with `num_workers` workers.
+def check_keys(cfg: DictConfig) -> None:
+    """See that the keys of `agvm` and `train.clip_gradients` are ours, and agvm's values good.
 
     Raises:
         ValueError: names the key, what was found and what it must be.
     """
-    for key in KEYS:
-        if key not in cfg:
-            hint = "; dict(enabled=False) trains without it" if key == "agvm" else ""
-            raise ValueError(
-                f"The config has no '{key}': see the .py ones of agvm_d2.model_zoo{hint}."
-            )
     for key, known in (("agvm", AGVM_KEYS), ("train.clip_gradients", CLIP_KEYS)):
         node = OmegaConf.select(cfg, key)
         if node is None and key != "agvm":
@@ -170,6 +164,21 @@ def check(cfg: DictConfig, num_workers: int, eval_only: bool = False) -> None:
                     f"{did_you_mean(str(name), known)}"
                 )
     check_agvm(_as_dict(cfg.agvm), lambda name: f"agvm.{name}")
+
+
+def check(cfg: DictConfig, num_workers: int, eval_only: bool = False) -> None:
+    """See that the values of a LazyConfig can be used with `num_workers` workers.
+
+    Raises:
+        ValueError: names the key, what was found and what it must be.
+    """
+    for key in KEYS:
+        if key not in cfg:
+            hint = "; dict(enabled=False) trains without it" if key == "agvm" else ""
+            raise ValueError(
+                f"The config has no '{key}': see the .py ones of agvm_d2.model_zoo{hint}."
+            )
+    check_keys(cfg)
     by_gain = cfg.agvm.get("schedule") == "gain"
     if cfg.agvm.get("enabled", True) and cfg.agvm.get("start_iter", -1) < 0 and not by_gain:
         raise ValueError(

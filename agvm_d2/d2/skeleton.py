@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 import contextlib
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from detectron2.config import get_cfg, instantiate
@@ -12,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..modules import ModulePatterns
 from . import lazy
+from .checks import check_agvm
 from .config import read_config
 from .imports import import_project
 
@@ -42,6 +44,8 @@ def model_of(
     except KeyError as error:  # yacs' own, of an unknown key
         raise ValueError(f"--config-file: '{path}': {_explained(error)}") from None
 
+    check_agvm({k.lower(): v for k, v in cfg.AGVM.items()}, lambda name: f"AGVM.{name.upper()}")
+
     def build(device: str) -> nn.Module:
         cfg.MODEL.DEVICE = device
         return build_model(cfg)
@@ -53,6 +57,8 @@ def _of_lazyconfig(path: str, opts: list[str]) -> tuple[nn.Module, ModulePattern
     cfg = lazy.load(path, opts)
     if "model" not in cfg:
         raise ValueError(f"--config-file: '{path}' has no 'model'.")
+    if "agvm" in cfg:
+        lazy.check_keys(cfg)
 
     def build(device: str) -> nn.Module:
         if "device" in cfg.model:  # detrex's, for constants
@@ -76,6 +82,9 @@ def _built(build: Callable[[str], nn.Module], path: str) -> nn.Module:
 
 def _explained(error: Exception) -> str:
     text = f"{type(error).__name__}: {error.args[0] if len(error.args) == 1 else error}"
+    if not str(error):  # a bare assert
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        text += f"{at.line} ({at.filename}:{at.lineno})"
     hints = [f" ({hint})" for found, hint in HINTS.items() if found in text]
     return text + "".join(hints)
 

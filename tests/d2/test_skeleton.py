@@ -147,6 +147,26 @@ def test_errors_name_what_is_wrong_and_what_to_do(project, tmp_path):
     assert error("--config-file", without).endswith("c.py' has no 'model'.")
     said = error("--config-file", DIGITS, "AGVM.MODULES", "(('a', 'backbone'),)")
     assert "AGVM.MODULES: no pattern matches the trainable parameter 'proposal_generator" in said
+    said = error("--config-file", DIGITS, "AGVM.MODULES", "(('a', '('),)")
+    assert "AGVM.MODULES: '(' of module 'a' is not a regex" in said
+    assert "AGVM.RULE: found 'best'" in error("--config-file", DIGITS, "AGVM.RULE", "best")
+
+
+BARE_ASSERT = """
+from detectron2.config import LazyCall
+def build(width):
+    assert width > 3
+model = LazyCall(build)(width=3)
+agvm = dict(enabled=True)
+"""
+
+
+def test_errors_of_a_lazyconfig(tmp_path):
+    config = write(tmp_path / "c.py", BARE_ASSERT)
+    said = error("--config-file", config)
+    assert "the model does not build: AssertionError: assert width > 3 (" in said
+    assert "agvm.rule: found 'best'" in error("--config-file", config, "agvm.rule=best")
+    assert "agvm.rul: there is no such key" in error("--config-file", config, "agvm.rul=gain")
 
 
 def test_the_command_line_warns_of_nothing():
