@@ -10,7 +10,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt  # plot.py has chosen the backend
 import numpy as np
 
-from .plot import colours_of, modules_of, read_config, read_metrics
+from .plot import colours_of, modules_of, plain_log, read_config, read_metrics
 from .progress import foretell
 from .settings import AVERAGING_OF_GAIN, averaging
 from .validate import is_int
@@ -186,11 +186,14 @@ def draw(measured: Measured, rows: Sequence[Row], picture: str) -> None:
             xscale="log",
             yscale="log",
         )
+        plain_log(left.xaxis)
+        plain_log(left.yaxis)
         names = [name for name in measured.noise if name != "model"]
         colours = {**colours_of(names), "model": "black"}
         for name, (share, images) in measured.noise.items():
             right.plot(100 * share, images, color=colours[name], label=name, lw=1.4)
         right.set(xlabel="% of training", ylabel="noise scale, images", title="noise", yscale="log")
+        plain_log(right.yaxis)
         right.legend(frameon=False)
         figure.savefig(picture, dpi=160)
         plt.close(figure)

@@ -17,7 +17,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from .validate import is_int
 
@@ -186,6 +188,7 @@ def plot(output_dir: str, picture: str | None = None) -> str:
                     axis.axvline(iteration, color="0.4", lw=0.8, ls=style, zorder=0)
         for axis in (noise, loss, rate):
             axis.set_yscale("log")
+            plain_log(axis.yaxis)
         _legends(legends, (noise if noise.lines else variance, loss), marks)
         said = (("batch", batch), ("AGVM.RULE", rule))
         words = [f"{name} {found}" for name, found in said if found is not None]
@@ -196,6 +199,16 @@ def plot(output_dir: str, picture: str | None = None) -> str:
         figure.savefig(picture, dpi=140)
         plt.close(figure)
     return picture
+
+
+def plain_log(axis: Axis) -> None:
+    """Numbers such as 0.4 and 1,000 on a log axis, as many as its range, which is drawn, has room
+    for."""
+    low, high = axis.get_view_interval()
+    subs = (1, 1.5, 2, 3, 4, 6) if high < 15 * low else (1, 3) if high < 1000 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter("{x:,g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _smoothed(axis: Axes, curve: tuple, colour: Any, label: str) -> None:

@@ -176,3 +176,24 @@ def test_a_runs_config_of_either_kind(tmp_path):
     assert read_config(str(tmp_path))(*key) == 16
     (tmp_path / "config.yaml").write_text("[1]")  # somebody else's
     assert read_config(str(tmp_path))(*key) is None
+
+
+@pytest.mark.parametrize(
+    "ends, wanted",
+    [
+        ((0.35, 1.1), ["0.4", "0.6", "1"]),
+        ((20, 900), ["30", "100", "300"]),
+        ((8, 20_000), ["10", "100", "1,000", "10,000"]),
+    ],
+)
+def test_a_log_axis_has_plain_numbers(ends, wanted):
+    figure, axis = module.plt.subplots()
+    axis.set(yscale="log", ylim=ends)
+    module.plain_log(axis.yaxis)
+    figure.canvas.draw()
+    shown = [
+        t.get_text() for t in axis.get_yticklabels() if ends[0] <= t.get_position()[1] <= ends[1]
+    ]
+    assert shown == wanted
+    assert not any(t.get_text() for t in axis.get_yticklabels(minor=True))
+    module.plt.close(figure)
