@@ -125,7 +125,7 @@ def visualize(
         axis.set(xticks=[], yticks=[])
     axes[0, 0].set_ylabel("annotated")
     axes[1, 0].set_ylabel("found")
-    figure.savefig(picture, dpi=110)
+    figure.savefig(picture, dpi=200)  # an image drawn at SIDE is shown whole
     plt.close(figure)
     if drawn_by_score and max(scores, default=-1.0) < threshold:
         found = f"the highest score is {max(scores):.3f}" if scores else "the model finds nothing"

@@ -91,10 +91,12 @@ def train(run: Run, folder: Path) -> dict:
 
 
 def do_run(run: Run, path: Path) -> dict:
-    """Train here, from where the run was stopped, and add its line to the results."""
+    """Train here and add the run's line to the results. One that was stopped goes on; one that has
+    a line starts again."""
     folder = ROOT / "output/any_batch" / run.name
+    if run in read(path):
+        shutil.rmtree(folder, ignore_errors=True)
     row = train(run, folder)
-    shutil.rmtree(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
