@@ -80,19 +80,39 @@ GAIN = {"AGVM__RULE": "gain", "AGVM__BASE_BATCH_SIZE": 2}
 SCHEDULE = {**GAIN, "AGVM__SCHEDULE": "gain", "AGVM__START_ITER": 0}
 ADAMW = {"SOLVER__OPTIMIZER": "ADAMW", "SOLVER__WEIGHT_DECAY": 0.05}
 MUON = {"SOLVER__OPTIMIZER": "MUON", "SOLVER__MOMENTUM": 0.95}
-every_offset = pytest.param(range(19, 19 + INTERVAL), marks=pytest.mark.slow)
+NO_SEED = {"SEED": -1}  # one is drawn, and kept
+EVERY_OFFSET = range(19, 19 + INTERVAL)
 
 
-@pytest.mark.parametrize("iterations", [[19], every_offset])
-@pytest.mark.parametrize("options", [{}, ADAMW, MUON, GAIN], ids=["sgd", "adamw", "muon", "gain"])
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow, id="slow")
+
+
+@pytest.mark.parametrize(
+    "options, iterations",
+    [
+        pytest.param(ADAMW, [19], id="adamw"),
+        *(slow(options, [19]) for options in ({}, NO_SEED, MUON, GAIN)),
+        *(slow(options, EVERY_OFFSET) for options in ({}, ADAMW, MUON, GAIN)),
+    ],
+)
 def test_one_process_with_micro_batches(options, iterations, digits, tmp_path):
     if options is MUON:
         pytest.importorskip("pytorch_optimizer")
     check(train, {**ONE, **options}, tmp_path, iterations)
 
 
-@pytest.mark.parametrize("iterations", [[20], every_offset])
-@pytest.mark.parametrize("options", [{}, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize(
+    "options, iterations",
+    [
+        pytest.param(NO_SEED, [20], id="sgd_without_a_seed"),
+        *(
+            slow(options, iterations)
+            for options in ({}, ADAMW)
+            for iterations in ([20], EVERY_OFFSET)
+        ),
+    ],
+)
 def test_two_workers(options, iterations, digits, workers, tmp_path):
     def run(folder, options):
         return workers(2).run(train, folder, options)[0]
@@ -109,10 +129,6 @@ def test_the_gains_schedule_of_two_workers(digits, workers, tmp_path):
         return workers(2).run(train, folder, options)[0]
 
     check(run, SCHEDULE, tmp_path, [15])
-
-
-def test_without_a_seed_the_drawn_one_is_kept(digits, tmp_path):
-    check(train, {**ONE, "SEED": -1}, tmp_path, [19])
 
 
 def test_another_number_of_workers_goes_on_with_the_factors(digits, workers, tmp_path, d2_log):
