@@ -15,14 +15,14 @@ COCO = os.path.join(CONFIGS, "COCO-Detection/faster_rcnn_R_50_FPN_16ep_bs256_agv
 VITDET = os.path.join(CONFIGS, "Digits-InstanceSegmentation/mask_rcnn_vitdet_thin_6ep_bs16_agvm.py")
 
 
-def start(*command, **env) -> subprocess.Popen:
-    """Python with this command line, from the root of the project."""
+def start(*command, cwd=ROOT, **env) -> subprocess.Popen:
+    """Python with this command line, from the root of the project or another folder."""
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **env},
     )
 
