@@ -16,6 +16,10 @@ def runs(
     return [Run("faster_rcnn", arm, batch, lr, seed, iterations) for seed in seeds for lr in lrs]
 
 
+def rivals(arm: str, *lrs: float) -> list[Run]:
+    return runs(arm, 128, *lrs, iterations=TOOK[128])
+
+
 GRID: list[Run] = [
     *runs("sgd", BASE, LR, 2 * LR),
     *(run for batch in (128, 64) for run in runs("gain", batch, LR)),
@@ -52,6 +56,10 @@ GRID: list[Run] = [
     *runs("sgd", 128, LR, 4 * LR, iterations=TOOK[128]),
     *runs("agvm", 128, LR, iterations=TOOK[128]),
     *(run for arm in ("gain_least", "gain_decay") for run in runs(arm, 128, LR)),
+    # Other optimizers, with as many iterations.
+    *(run for arm in ("adamw", "adamw_scaled") for run in rivals(arm, 0.001, 0.002)),
+    *rivals("muon", 0.005, 0.01, 0.02),
+    *rivals("lamb", 0.002, 0.004, 0.008),
     # As many images at the base batch as the gain takes at 128.
     *runs("sgd", BASE, LR, iterations=TOOK[128] * 128 // BASE),
 ]

@@ -148,6 +148,13 @@ ARMS = {
     "sgd_clipped": Arm("SGD, clipped", f"{MONITOR} {CLIPPED}"),
     "agvm": Arm("AGVM", "AGVM.RULE variance AGVM.START_ITER 300"),
     "adamw": Arm("AdamW", f"{MONITOR} {ADAMW}"),
+    # At four times the batch (Malladi et al. 2022); with the learning rate times 2.
+    "adamw_scaled": Arm(
+        "AdamW, β and ε scaled",
+        f"{MONITOR} {ADAMW} SOLVER.BETAS (0.6,0.996) SOLVER.EPS 5e-9",
+    ),
+    "lamb": Arm("LAMB", f"{MONITOR} SOLVER.OPTIMIZER LAMB SOLVER.WEIGHT_DECAY 0.05"),
+    "muon": Arm("Muon", f"{MONITOR} SOLVER.OPTIMIZER MUON SOLVER.MOMENTUM 0.95"),
     "gain_adamw": Arm("module-wise AdaScale on AdamW", f"{GAIN} {ADAMW}", by_gain=True),
     "sqrt_gain_adamw": Arm(
         "its square root on AdamW",
