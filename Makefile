@@ -8,6 +8,8 @@ STAMP := $(VENV)/.agvm_d2
 # What it is, and lacks: docs/install.md.
 D2_WHEEL := sal-detectron2==0.7.2 \
   --hash=sha256:491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561
+# Without CUDA's libraries, a tenth of the size; CPU_TORCH= for pip's default.
+CPU_TORCH ?= https://download.pytorch.org/whl/cpu
 DEMO_CONFIG := configs/Digits-Detection/faster_rcnn_thin_R_50_FPN_bs64_agvm.yaml
 
 .PHONY: setup smoke demo test-fast test test-all lint docs gpu-check clean
@@ -21,6 +23,10 @@ $(STAMP): setup.cfg pyproject.toml
 	  echo "agvm_d2 needs Python 3.10 or newer; found: $$($(PYTHON) --version). Try make PYTHON=python3.11"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv \
 	  $$($(PYTHON) -c 'import detectron2' 2>/dev/null && echo --system-site-packages) $(VENV)
+	@command -v nvidia-smi >/dev/null || ! $(PY) -c 'from urllib.request import urlopen as get; \
+	  get("$(CPU_TORCH)/torch/", timeout=5)' 2>/dev/null || { \
+	  echo 'No GPU here: torch comes from $(CPU_TORCH)'; $(PY) -m pip install --quiet \
+	  --disable-pip-version-check --index-url $(CPU_TORCH) torch torchvision; }
 	$(PY) -m pip install --quiet --disable-pip-version-check \
 	  --editable '.[digits,plot,test,dev'$$($(PY) -c 'import detectron2' 2>/dev/null || echo ,detectron2)']'
 	$(PY) -c 'import detectron2' 2>/dev/null || echo '$(D2_WHEEL)' | $(PY) -m pip install --quiet \
