@@ -16,7 +16,7 @@ POINTS = 60  # of each curve that a run keeps
 class Curves(HookBase):
     """AGVM's scalars of each measured iteration, and the seconds; both outlive a resume."""
 
-    def __init__(self, agvm: AGVM):
+    def __init__(self, agvm: AGVM | None):
         self.agvm = agvm
         self.rows: list[dict] = []
         self.before, self.start = 0.0, time.time()
@@ -26,7 +26,7 @@ class Curves(HookBase):
         return self.before + time.time() - self.start
 
     def after_step(self) -> None:
-        if self.agvm.measured:
+        if self.agvm is not None and self.agvm.measured:
             self.rows.append({"iteration": self.trainer.iter, **self.agvm.scalars()})
 
     def thin(self) -> dict[str, list]:

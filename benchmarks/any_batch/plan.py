@@ -59,6 +59,7 @@ GRID: list[Run] = [
     # Other optimizers, with as many iterations.
     *(run for arm in ("adamw", "adamw_scaled") for run in rivals(arm, 0.001, 0.002)),
     *rivals("muon", 0.005, 0.01, 0.02),
+    *rivals("sam", LR, 2 * LR),
     *rivals("lamb", 0.002, 0.004, 0.008),
     # As many images at the base batch as the gain takes at 128.
     *runs("sgd", BASE, LR, iterations=TOOK[128] * 128 // BASE),

@@ -10,31 +10,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 import torch
-from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 
 from agvm_d2 import AGVMHook
 from agvm_d2.d2.checks import check_config
-from agvm_d2.d2.loader import build_train_loader
 from benchmarks.study import run as study
 
 from .curvature import AT, IMAGES, Curvature
 from .hooks import Curves, KeepDecay, LeastGain, Profile
-from .scenes import NUM_TRAIN, Scenes
+from .scenes import NUM_TRAIN
 from .setting import ARMS, BASE, PIPELINES, ROOT, UNIT, Run, config, weights_hash
+from .trainer import Trainer, mapper
 
 RESULTS = ROOT / "benchmarks/results/any_batch.jsonl"
-
-
-def mapper(cfg: CfgNode) -> Scenes:
-    stuff = cfg.MODEL.META_ARCHITECTURE in ("PanopticFPN", "SemanticSegmentor")
-    return Scenes(cfg.SEED, cfg.MODEL.MASK_ON, stuff)
-
-
-class Trainer(study.Trainer):
-    @classmethod
-    def build_train_loader(cls, cfg):
-        return build_train_loader(cfg, mapper=mapper(cfg))
 
 
 def train(run: Run, folder: Path) -> dict:
@@ -45,8 +33,12 @@ def train(run: Run, folder: Path) -> dict:
     cfg.freeze()
     default_setup(cfg, argparse.Namespace(config_file="", eval_only=False))
     Trainer.backbone_lr = ARMS[run.arm].backbone_lr
-    trainer = Trainer(cfg)
-    agvm = next(h for h in trainer._hooks if isinstance(h, AGVMHook)).agvm
+    if run.arm == "sam":
+        from .sam import SAMTrainer as trainer_class
+    else:
+        trainer_class = Trainer
+    trainer = trainer_class(cfg)
+    agvm = next((h.agvm for h in trainer._hooks if isinstance(h, AGVMHook)), None)
     arm, curves = ARMS[run.arm], Curves(agvm)
     if arm.by_least:
         model = agvm._progress

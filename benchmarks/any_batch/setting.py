@@ -154,6 +154,7 @@ ARMS = {
         f"{MONITOR} {ADAMW} SOLVER.BETAS (0.6,0.996) SOLVER.EPS 5e-9",
     ),
     "lamb": Arm("LAMB", f"{MONITOR} SOLVER.OPTIMIZER LAMB SOLVER.WEIGHT_DECAY 0.05"),
+    "sam": Arm("SAM", "AGVM.ENABLED False"),  # see sam.py
     "muon": Arm("Muon", f"{MONITOR} SOLVER.OPTIMIZER MUON SOLVER.MOMENTUM 0.95"),
     "gain_adamw": Arm("module-wise AdaScale on AdamW", f"{GAIN} {ADAMW}", by_gain=True),
     "sqrt_gain_adamw": Arm(

@@ -1,0 +1,20 @@
+"""What trains: the older study's trainer on this one's images."""
+
+from __future__ import annotations
+from detectron2.config import CfgNode
+
+from agvm_d2.d2.loader import build_train_loader
+from benchmarks.study import run as study
+
+from .scenes import Scenes
+
+
+def mapper(cfg: CfgNode) -> Scenes:
+    stuff = cfg.MODEL.META_ARCHITECTURE in ("PanopticFPN", "SemanticSegmentor")
+    return Scenes(cfg.SEED, cfg.MODEL.MASK_ON, stuff)
+
+
+class Trainer(study.Trainer):
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return build_train_loader(cfg, mapper=mapper(cfg))
