@@ -38,7 +38,6 @@ PAGE = ROOT / "docs/drift.md"
 BEGIN, END = "<!-- begin: python -m benchmarks.drift draw -->", "<!-- end -->"
 IMAGES = 48_000  # of each run; at half as many a large batch is still all signal
 SMALL, LARGE = 32, 128
-LONG = {SMALL: 0.02, LARGE: 0.04}  # learning rates of any_batch's runs with SGD
 LR = {"sgd": {SMALL: 0.02, LARGE: 0.04}, "adamw": {SMALL: 0.001, LARGE: 0.002}}
 
 # Of the variances digitised from the paper's appendix figure, ± 0.02: in mid-training, at batch 32
@@ -196,13 +195,11 @@ GRID = list(dict.fromkeys([*FIRST, *ORDER]))
 
 
 def read(path: Path = RESULTS) -> dict[Key, dict]:
-    """The runs in `path`, and Faster R-CNN's with SGD, which are any_batch's, longer and with more
-    images."""
+    """The runs in `path`, and any_batch's at these learning rates, which see more images."""
     found = {}
     for run, row in any_batch.read().items():
-        key = Key(run.pipeline, run.arm, run.batch)
-        if key[:2] == ("faster_rcnn", "sgd") and (run.lr, run.seed) == (LONG.get(run.batch), 1):
-            found[key] = {**row, "curves": variances(row)}
+        if (run.lr, run.seed, run.options) == (LR.get(run.arm, {}).get(run.batch), 1, ""):
+            found[Key(run.pipeline, run.arm, run.batch)] = {**row, "curves": variances(row)}
     if path.exists():
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         found |= {Key(*(row[key] for key in Key._fields)): row for row in rows}

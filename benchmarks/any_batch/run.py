@@ -49,7 +49,7 @@ def train(run: Run, folder: Path) -> dict:
     if arm.keep_decay:
         trainer.register_hooks([KeepDecay(agvm, cfg.SOLVER.STEPS[0])])
     curvature = None
-    if (run.arm, run.batch) == ("sgd", BASE):
+    if (run.arm, run.batch, run.options) == ("sgd", BASE, ""):
         images = [mapper(cfg)({"image_id": i}) for i in range(NUM_TRAIN - IMAGES, NUM_TRAIN)]
         at = [round(share * run.iterations) for share in AT]
         curvature = Curvature(agvm.modules, images, UNIT, at)
