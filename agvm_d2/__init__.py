@@ -18,6 +18,7 @@ from .validate import INSTALL_DETECTRON2
 
 if TYPE_CHECKING:
     from .d2.config import add_agvm_config
+    from .d2.gain_schedule import ends_when_done
     from .d2.hook import AGVMHook
     from .d2.loader import build_train_loader
     from .d2.trainer import AGVMTrainer, AGVMTrainerMixin
@@ -34,6 +35,7 @@ __all__ = [
     "add_agvm_config",
     "build_optimizer",
     "build_train_loader",
+    "ends_when_done",
     "split_param_groups",
 ]
 
@@ -44,6 +46,7 @@ _DETECTRON2 = {
     "add_agvm_config": ".d2.config",
     "build_optimizer": ".solver",
     "build_train_loader": ".d2.loader",
+    "ends_when_done": ".d2.gain_schedule",
 }
 
 

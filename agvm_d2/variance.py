@@ -37,7 +37,8 @@ def _check_units(num_units: torch.Tensor) -> None:
 def pairwise_variance(
     unit_sq: torch.Tensor, mean_sq: torch.Tensor, num_units: torch.Tensor
 ) -> torch.Tensor:
-    """Gradient variance phi >= 0: what `split_variance` expects over all halvings of the K units.
+    """Gradient variance phi >= 0: 1 - E a.b / E|a|^2 over all halvings of the K units, whose means
+    a and b are; `split_variance` is 1 - a.b/(|a||b|) of one of them.
 
     With p = (K S2 - S1)/(K - 1), the mean inner product of two different units, a half's mean has
     E|a|^2 = (2 S1 + (K - 2) p)/K, and phi = 1 - p/E|a|^2 = 2 (S1 - S2)/((K - 2) S2 + S1).

@@ -25,7 +25,7 @@ class TrainingDone(BaseException):
     def __init__(self) -> None:
         super().__init__(
             "AGVM.SCHEDULE gain: training is done, and this loop does not know. Call it within "
-            "agvm_d2.d2.gain_schedule.ends_when_done()."
+            "agvm_d2.ends_when_done()."
         )
 
 

@@ -73,7 +73,7 @@ class AGVMHook(HookBase):
     `after_backward` (before clipping) and `after_step`, inside an EventStorage.
 
     With schedule="gain", `AGVMTrainerMixin` and LazyConfig's `do_train` end training where progress
-    does; around another trainer's `train()` put `gain_schedule.ends_when_done()`.
+    does; around another trainer's `train()` put `agvm_d2.ends_when_done()`.
     """
 
     @configurable

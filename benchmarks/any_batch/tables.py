@@ -186,7 +186,7 @@ def report(rows: Rows) -> str:
             f"({', '.join(sorted({row['machine'] for row in rows.values()}))}; torch "
             f"{', '.join(sorted({row['torch'] for row in rows.values()}))}; hash of the first "
             f"weights {', '.join(hashes)}). The base: batch {BASE}, {ITERATIONS:,} iterations, at "
-            "SGD's best learning rate.\n",
+            "the learning rate of SGD's that did best there.\n",
             all_runs(cells),
             "\n### The plan against the runs\n",
             plan_against_runs(cells),

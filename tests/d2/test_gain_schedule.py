@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import textwrap
 import pytest
 import reference
 import torch
@@ -13,11 +14,12 @@ from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, hooks
 from detectron2.solver import build_lr_scheduler as d2_build_lr_scheduler
 from detectron2.utils.events import EventStorage
 from fvcore.common.param_scheduler import LinearParamScheduler
+from helpers import ROOT
 from toy import ToyDetector, vectors
 from toy_d2 import ToyLoader, ToyTrainer, agvm_hook, toy_config, train, weights
 
-from agvm_d2 import AGVMHook, AGVMTrainerMixin, split_param_groups
-from agvm_d2.d2.gain_schedule import TrainingDone, ends_when_done
+from agvm_d2 import AGVMHook, AGVMTrainerMixin, ends_when_done, split_param_groups
+from agvm_d2.d2.gain_schedule import TrainingDone
 from agvm_d2.d2.micro_batches import MicroBatchTrainer
 
 GAIN = {
@@ -396,6 +398,26 @@ def test_a_simple_trainer(tmp_path):
     with pytest.raises(TrainingDone, match="Call it within .*ends_when_done"):  # never unseen
         trainer.train(0, max_iter)
     assert SimpleTrainer.train is DefaultTrainer.__mro__[1].train  # as it was
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
+def test_the_hook_of_the_pages(page, tmp_path):
+    with open(os.path.join(ROOT, page)) as f:
+        blocks = re.findall(r"^( *)```python\n(.*?)^ *```", f.read(), flags=re.M | re.S)
+    (code,) = [textwrap.dedent(code) for _, code in blocks if "AGVMHook(" in code]
+    sizes = "base_batch_size=2, batch_size=8, micro_batches=4"  # of one worker
+    assert "base_batch_size=16, batch_size=256)" in code
+    trainer, _, max_iter = simple(tmp_path, ())
+    optimizer = trainer.optimizer
+
+    def linear(optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - 0.9 * i / max_iter)
+
+    space = {"model": trainer.model, "optimizer": optimizer, "your_lr_scheduler": linear}
+    space |= {"trainer": trainer, "max_iter": max_iter}
+    exec(code.replace("base_batch_size=16, batch_size=256", sizes), space)
+    assert space["agvm"].agvm.progress >= 40 and trainer.iter < 40
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.005, rel=1e-3)
 
 
 class OwnLoop(DefaultTrainer):
