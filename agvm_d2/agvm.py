@@ -314,8 +314,7 @@ class AGVM:
         if self.tap is None or not self.tap.measuring or not (stepping or self.tap.seen):
             return
         if self._rehearsal:
-            self._rehearsal = False
-            self._check_loop(self.tap)
+            self._rehearsal = not self._check_loop(self.tap)
             if not self._wanted:
                 return self.tap.stop()
         moments = self.tap.collect()
@@ -333,8 +332,9 @@ class AGVM:
                 "(SOLVER.MICRO_BATCH_SIZE) to measure the whole batch of a step."
             )
 
-    def _check_loop(self, tap: GradientTap) -> None:
-        """RuntimeError where this training loop cannot be measured."""
+    def _check_loop(self, tap: GradientTap) -> bool:
+        """RuntimeError where this training loop cannot be measured; False where that is not known
+        yet, since Adam's first gradients, over no second moments, are measured as 0."""
         rows, units = tap.local()
         if units * tap.workers == 1:
             raise RuntimeError(
@@ -345,11 +345,14 @@ class AGVM:
             )
         alone = not isinstance(uncompiled(self.model), DistributedDataParallel)
         alone = alone and not isinstance(tap, ShardedTap)
-        if alone and tap.workers > 1 and units == 1 and torch.equal(rows[0], rows[1]):
+        if not alone or tap.workers == 1 or units > 1:
+            return True
+        if bool(rows[0].any()) and torch.equal(rows[0], rows[1]):
             raise RuntimeError(
                 "AGVM: the gradient was not averaged over the workers before backward_done() "
                 "(after_backward()). Give AGVM the model inside DistributedDataParallel."
             )
+        return bool(rows[0].any())
 
     def _update_modules(self) -> Modules:
         """Parameters may have been unfrozen since the last measurement."""

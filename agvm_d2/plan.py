@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt  # plot.py has chosen the backend
 import numpy as np
 
 from .plot import colours_of, modules_of, plain_log, read_config, read_metrics
-from .progress import foretell
+from .progress import foretell, signal_of
 from .settings import AVERAGING_OF_GAIN, averaging
 from .validate import is_int
 
@@ -124,7 +124,7 @@ def predict(measured: Measured, batch: int) -> Row:
     if batch < measured.base:
         raise ValueError(f"--batches: {batch} is below the base batch, {measured.base} images.")
     share, noise = measured.noise["model"]
-    signal = list(zip(share.tolist(), (1 / noise).tolist(), strict=True))
+    signal = list(zip(share.tolist(), map(signal_of, noise.tolist()), strict=True))
     iterations = foretell(signal, measured.base, batch, measured.iterations, measured.averaging)
     return Row(batch, iterations, iterations * batch)
 

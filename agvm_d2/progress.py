@@ -156,6 +156,12 @@ def check_scheduler(scheduler: Any) -> None:
         )
 
 
+def signal_of(images: float) -> float:
+    """1 / noise scale, what `foretell` takes: 0 where the noise scale is not finite, since all is
+    noise there."""
+    return 1 / max(images, 1e-9) if math.isfinite(images) else 0.0
+
+
 def foretell(
     signal: Sequence[tuple[float, float]],
     base: int,

@@ -45,5 +45,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     >>> did_you_mean("agvm.start_itr", ["agvm.start_iter", "train.device"])
     '; did you mean agvm.start_iter?'
     """
-    near = difflib.get_close_matches(name, list(known), cutoff=0.7)
+    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), cutoff=0.7)
     return f"; did you mean {' or '.join(near)}?" if near else "."

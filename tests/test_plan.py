@@ -126,6 +126,12 @@ def test_the_plan_is_for_the_average_that_training_will_have(rule, keys, averagi
     assert found.averaging == averaging
 
 
+def test_one_measurement_of_no_noise_at_all_is_one_of_many():
+    with_one, without = measured([60.0] * 50 + [0.0] + [60.0] * 50), measured([60.0] * 101)
+    found, wanted = (plan.predict(m, 64).iterations for m in (with_one, without))
+    assert wanted < found < 1.03 * wanted
+
+
 def test_a_slower_average_takes_longer():
     noise = measured([1e9])  # a gain of 4
     slow = noise._replace(averaging=(10, 0.97))

@@ -356,23 +356,26 @@ def test_one_huge_gradient_or_a_change_of_scale_does_not_rule_the_noise_scale(sc
     assert modulator.noise_scale(64) == pytest.approx({"head": 32.0, "model": 32.0})
 
 
-def _without_ddp(averages):
+def _without_ddp(averages, kind=torch.optim.SGD, iterations=1):
     """Two workers, no DistributedDataParallel; gradients averaged by the loop, or not at all."""
     import torch.distributed as dist
 
     model = ToyDetector()
-    optimizer = split_param_groups(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    optimizer = split_param_groups(kind(model.parameters(), lr=0.1), model)
     agvm = AGVM(model, optimizer, Settings(interval=1, momentum=0.0))
-    agvm.begin(0)
-    loss(model, batch(4, seed=dist.get_rank())).backward()
-    for p in model.parameters() if averages else ():
-        dist.all_reduce(p.grad)
-        p.grad /= 2
-    agvm.backward_done()
-    try:
-        optimizer.step()
-    except RuntimeError as error:
-        return str(error)
+    for i in range(iterations):
+        optimizer.zero_grad()
+        agvm.begin(i)
+        loss(model, batch(4, seed=dist.get_rank())).backward()
+        for p in model.parameters() if averages else ():
+            dist.all_reduce(p.grad)
+            p.grad /= 2
+        agvm.backward_done()
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return str(error)
+        agvm.end()
     return agvm.modulator.variance.tolist()
 
 
@@ -385,6 +388,14 @@ def test_workers_without_ddp_average_themselves_or_are_refused(workers):
     wanted = [reference.pairwise_variance(v) for v in vectors]
     for found in workers(2).run(_without_ddp, True):
         assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_workers_without_ddp_and_with_adam_are_looked_at_from_the_second_iteration_on(workers):
+    """Before the first step there are no second moments, by which both gradients are 0."""
+    said = workers(2).run(_without_ddp, False, torch.optim.AdamW, 2)
+    assert all("not averaged over the workers" in message for message in said)
+    one, other = workers(2).run(_without_ddp, True, torch.optim.AdamW, 2)
+    assert one == other and all(0 < value < 2 for value in one)
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])

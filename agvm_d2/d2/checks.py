@@ -16,7 +16,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, Generaliz
 
 from ..settings import Settings
 from ..solver.build import OPTIMIZERS
-from ..solver.clip import CLIP_TYPES, check_clip_value
+from ..solver.clip import CLIP, check_clip, clip_key
 from ..validate import INSTALL_DETECTRON2, holds, is_int, is_number, one_of, require
 from .micro_batches import micro_batches
 
@@ -112,8 +112,7 @@ def check_names(cfg: CN) -> None:
     solver, clip = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS
     one_of("SOLVER.OPTIMIZER", solver.OPTIMIZER, OPTIMIZERS)
     one_of("SOLVER.WARMUP_METHOD", solver.WARMUP_METHOD, WARMUP_METHODS)
-    one_of("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip.CLIP_TYPE, CLIP_TYPES)
-    check_clip_value("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", clip.CLIP_VALUE)
+    check_clip({name: clip[name.upper()] for name in CLIP}, clip_key)
     one_of("SOLVER.LR_SCHEDULER_NAME", solver.LR_SCHEDULER_NAME, SCHEDULERS)
     one_of("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, SAMPLERS)
 
@@ -133,14 +132,7 @@ def check_config(cfg: CN, num_workers: int) -> None:
     check_agvm({k.lower(): v for k, v in cfg.AGVM.items()}, lambda name: f"AGVM.{name.upper()}")
     one_of("SOLVER.ON_NONFINITE", solver.ON_NONFINITE, STOP_OR_SKIP)
     one_of("DATALOADER.ON_BAD_IMAGE", cfg.DATALOADER.ON_BAD_IMAGE, STOP_OR_SKIP)
-    clip = solver.CLIP_GRADIENTS
-    window = tuple(clip.ITER_RANGE)
-    require(
-        not window or (len(window) == 2 and all(map(is_int, window)) and window[0] < window[1]),
-        "SOLVER.CLIP_GRADIENTS.ITER_RANGE",
-        window,
-        "be () or two iterations (first, last) with first < last",
-    )
+    check_clip({"iter_range": tuple(solver.CLIP_GRADIENTS.ITER_RANGE)}, clip_key)
     micro_batches(cfg, num_workers)
     check_device("MODEL.DEVICE", cfg.MODEL.DEVICE)
     check_amp("SOLVER.AMP.ENABLED", solver.AMP.ENABLED, cfg.MODEL.DEVICE)

@@ -19,7 +19,7 @@ from ..agvm import AGVM
 from ..modulator import Modulator
 from ..modules import module_table
 from ..moments import CommHook
-from ..progress import foretell
+from ..progress import foretell, signal_of
 from ..settings import Settings
 from .checks import check_detectron2
 from .gain_schedule import GainSchedule
@@ -46,10 +46,7 @@ def noise_summary(measured: Sequence[tuple[int, float]], batch: int, iterations:
             "iterations; how many is not known."
         )
     # As agvm_d2.plan: what was not measurable is all noise.
-    signal = [
-        (i / iterations, 1 / max(images, 1e-9) if math.isfinite(images) else 0.0)
-        for i, images in measured
-    ]
+    signal = [(i / iterations, signal_of(images)) for i, images in measured]
 
     def would(times: int) -> str:  # with so many times the batch
         left = foretell(signal, batch, times * batch, iterations) / iterations
@@ -164,7 +161,8 @@ class AGVMHook(HookBase):
                 f"{end}: nothing will be measured. Set AGVM.START_ITER (start_iter) and STOP_ITER."
             )
         batch_size = self.agvm.batch_size
-        if settings.rule == "gain" and batch_size and settings.base_batch_size >= batch_size:
+        raises = settings.rule == "gain" and settings.mode == "modulate"
+        if raises and batch_size and settings.base_batch_size >= batch_size:
             logger.warning(
                 f"AGVM.RULE gain: a batch of {batch_size} images is not above "
                 "AGVM.BASE_BATCH_SIZE, so no learning rate will be raised."

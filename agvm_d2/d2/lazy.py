@@ -21,7 +21,6 @@ What `dataloader.train` builds by Detectron2's `build_detection_train_loader` be
 from __future__ import annotations
 import contextlib
 import dataclasses
-import inspect
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
@@ -37,7 +36,7 @@ from torch import nn
 from .. import model_zoo
 from ..settings import Settings
 from ..shards import is_sharded
-from ..solver.clip import CLIP_TYPES, clip_gradients, skip_nonfinite_steps
+from ..solver.clip import CLIP, check_clip, clip_gradients, skip_nonfinite_steps
 from ..validate import did_you_mean, is_number, one_of
 from .agreement import AgreementHook, check_agreement, code, flat
 from .checkpoint import AtomicCheckpointer
@@ -54,7 +53,6 @@ from .run import RunOptions
 from .trainer import create_ddp_model
 
 AGVM_KEYS = {"enabled", "log_period"} | {field.name for field in dataclasses.fields(Settings)}
-CLIP_KEYS = set(inspect.signature(clip_gradients).parameters) - {"optimizer"}
 TRAIN_KEYS = {"micro_batch_size", "clip_gradients", "expected_results", "on_nonfinite"}
 TRAIN_KEYS |= {"on_bad_image", "check_datasets", "fsdp", "seed"}
 KEYS = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "agvm")
@@ -151,7 +149,7 @@ def check_keys(cfg: DictConfig) -> None:
     Raises:
         ValueError: names the key, what was found and what it must be.
     """
-    for key, known in (("agvm", AGVM_KEYS), ("train.clip_gradients", CLIP_KEYS)):
+    for key, known in (("agvm", AGVM_KEYS), ("train.clip_gradients", CLIP)):
         node = OmegaConf.select(cfg, key)
         if node is None and key != "agvm":
             continue
@@ -187,7 +185,11 @@ def check(cfg: DictConfig, num_workers: int, eval_only: bool = False) -> None:
     train, batch = cfg.train, "dataloader.train.total_batch_size"
     check_whole(batch, OmegaConf.select(cfg, batch), 1)
     if train.get("clip_gradients"):
-        one_of("train.clip_gradients.clip_type", train.clip_gradients.clip_type, CLIP_TYPES)
+        options = _as_dict(train.clip_gradients)
+        for name in ("clip_type", "clip_value"):
+            if name not in options:
+                raise ValueError(f"train.clip_gradients.{name}: it is missing.")
+        check_clip(options, lambda name: f"train.clip_gradients.{name}")
     for key, low in (
         ("train.max_iter", 1),
         ("train.log_period", 1),

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..modules import unwrap
 from ..shards import is_sharded
-from ..solver.clip import SkipLimit
+from ..solver.clip import skip_nonfinite_steps, step_left_out
 from ..validate import is_int, require
 
 
@@ -103,7 +103,7 @@ class MicroBatchTrainer(SimpleTrainer):
             micro_batch_size: images of one forward and backward pass.
             grad_scaler: scales the loss, for float16.
             precision: dtype of autocast; None: off.
-            skip_nonfinite: go on where the loss is NaN or inf, as `skip_nonfinite_steps` does.
+            skip_nonfinite: go on where the loss is NaN or inf, with `skip_nonfinite_steps`.
 
         Raises:
             ValueError: DDP with a static graph, and more than one pass.
@@ -116,9 +116,10 @@ class MicroBatchTrainer(SimpleTrainer):
         self.grad_scaler = grad_scaler
         self.precision = precision
         self.skip_nonfinite = skip_nonfinite
+        if skip_nonfinite:
+            skip_nonfinite_steps(optimizer, unwrap(model))
         self._names = ["total_loss"]  # of the losses
         self._sharded = is_sharded(model)
-        self._limit = SkipLimit()  # of the steps that the GradScaler leaves out
 
     def run_step(self) -> None:
         assert self.model.training, "[MicroBatchTrainer] model was changed to eval mode!"
@@ -162,8 +163,8 @@ class MicroBatchTrainer(SimpleTrainer):
         before = scaler.get_scale() if counts else 0.0
         scaler.step(self.optimizer)
         scaler.update()
-        if counts:
-            self._limit.step(skipped=scaler.get_scale() < before)
+        if counts and scaler.get_scale() < before:
+            step_left_out(self.optimizer)
 
     def _losses(self, piece: list[dict]) -> dict[str, torch.Tensor]:
         try:

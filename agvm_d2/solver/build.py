@@ -15,7 +15,7 @@ from ..param_groups import (
     split_param_groups,
 )
 from ..validate import one_of
-from .clip import clip_gradients, skip_nonfinite_steps
+from .clip import CLIP, check_clip, clip_gradients, clip_key, skip_nonfinite_steps
 from .muon import build_muon
 
 OPTIMIZERS = ("SGD", "ADAMW", "LARS", "LAMB", "MUON")
@@ -77,7 +77,9 @@ def unsplit_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if solver.ON_NONFINITE == "skip":  # first: clipping by value makes an inf finite
         skip_nonfinite_steps(optimizer, model)
     if clip.ENABLED:
-        clip_gradients(optimizer, clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE, clip.ITER_RANGE)
+        options = {name: clip[name.upper()] for name in CLIP}
+        check_clip(options, clip_key)
+        clip_gradients(optimizer, **options)
     return optimizer
 
 

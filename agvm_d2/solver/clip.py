@@ -5,6 +5,7 @@ import collections
 import logging
 import math
 import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from ..norms import block_norms
 from ..shards import local_part
-from ..validate import is_number, one_of, require
+from ..validate import holds, is_int, is_number, require
 
 logger = logging.getLogger("detectron2.agvm_d2")
 
@@ -23,16 +24,41 @@ CLIP_TYPES = ("value", "norm", "full_model")
 MAX_SKIPPED = 20  # steps in a row, or
 MAX_SHARE = 50  # of the last 100: the model has diverged
 
-_SKIPPING: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()  # those that do so already
+# Of each optimizer that leaves steps out: what is to be done when it does.
+_SKIPPING: weakref.WeakKeyDictionary[torch.optim.Optimizer, Callable[[], None]]
+_SKIPPING = weakref.WeakKeyDictionary()
 
 
-def check_clip_value(key: str, value: float) -> None:
-    """See that `value`, of the key `key`, can be clipped by.
+def _is_window(value: Any) -> bool:
+    return not value or (len(value) == 2 and all(map(is_int, value)) and value[0] < value[1])
+
+
+# Argument of `clip_gradients` -> (what holds of a good value, in words).
+CLIP: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "clip_type": (lambda v: v in CLIP_TYPES, f"be one of {', '.join(CLIP_TYPES)}"),
+    "clip_value": (lambda v: is_number(v) and 0 < v < math.inf, "be positive"),
+    "norm_type": (lambda v: is_number(v) and v > 0, "be positive"),
+    "iter_range": (_is_window, "be () or two iterations (first, last) with first < last"),
+}
+
+
+def clip_key(name: str) -> str:
+    """The key of a yacs config for an argument of `clip_gradients`."""
+    return f"SOLVER.CLIP_GRADIENTS.{name.upper()}"
+
+
+def check_clip(values: Mapping[str, Any], key: Callable[[str], str] = str) -> None:
+    """See that these arguments of `clip_gradients` are good.
+
+    Args:
+        key: name -> what a message calls it.
 
     Raises:
-        ValueError: it is not a positive number.
+        ValueError: names the key, what was found and what it must be.
     """
-    require(is_number(value) and 0 < value < math.inf, key, value, "be positive")
+    for name, value in values.items():
+        condition, need = CLIP[name]
+        require(holds(condition, value), key(name), value, need)
 
 
 def clip_gradients(
@@ -49,10 +75,10 @@ def clip_gradients(
         iter_range: clip in iterations [first, last) only, those of Detectron2's EventStorage.
 
     Raises:
-        ValueError: an unknown type, or a value that is not positive.
+        ValueError: see `check_clip`.
     """
-    one_of("clip_type", clip_type, CLIP_TYPES)
-    check_clip_value("clip_value", clip_value)
+    options = (clip_type, clip_value, norm_type, iter_range)
+    check_clip(dict(zip(CLIP, options, strict=True)))
     # The order now, so that a norm has the same bits whether groups are split later or not.
     params = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -162,9 +188,17 @@ def skip_nonfinite_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
     """
     if optimizer in _SKIPPING:
         return
-    _SKIPPING.add(optimizer)
     limit = SkipLimit()
     good = [buffer.clone() for buffer in model.buffers()]
+    # Weights are often loaded after the optimizer is built.
+    model.register_load_state_dict_post_hook(lambda *_: _copy(good, [*model.buffers()]))
+
+    @torch.no_grad()
+    def skipped() -> None:
+        _copy([*model.buffers()], good)
+        limit.step(skipped=True)
+
+    _SKIPPING[optimizer] = skipped
 
     @torch.no_grad()
     def skip_if_nonfinite(*_: Any) -> None:
@@ -177,7 +211,15 @@ def skip_nonfinite_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
             return
         for param in params:
             param.grad = None  # then there is nothing to step by
-        _copy([*model.buffers()], good)
-        limit.step(skipped=True)
+        skipped()
 
     optimizer.register_step_pre_hook(skip_if_nonfinite)
+
+
+def step_left_out(optimizer: torch.optim.Optimizer) -> None:
+    """A GradScaler did not call the step of an optimizer that `skip_nonfinite_steps` has changed.
+
+    Raises:
+        FloatingPointError: too many steps were skipped of late.
+    """
+    _SKIPPING[optimizer]()

@@ -282,6 +282,7 @@ def test_settings_without_effect_are_named(d2_log, options, message):
     model = ToyDetector()
     make_hook(model, sgd(model), start_iter=4, stop_iter=5)
     make_hook(model, sgd(model), rule="gain", batch_size=32)
+    make_hook(model, sgd(model), rule="gain", batch_size=16, mode="monitor")
     assert "nothing will be measured" not in d2_log.text and "is not above" not in d2_log.text
     make_hook(model, sgd(model), **options)
     assert message in d2_log.text

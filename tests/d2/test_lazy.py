@@ -71,6 +71,21 @@ def test_bad_agvm_values_are_named(key, value, said, config):
         ("train.max_iter=abc", "train.max_iter: found 'abc'"),
         ("train.clip_gradients.clip_type=foo", "train.clip_gradients.clip_type: found 'foo'"),
         ("+train.clip_gradients={kind: norm}", "train.clip_gradients.kind: there is no such key"),
+        ("train.clip_gradients.clip_value=-1", "^train.clip_gradients.clip_value: found -1, but"),
+        ("train.clip_gradients.clip_value=x", "train.clip_gradients.clip_value: found 'x'"),
+        (
+            "train.clip_gradients={clip_type:norm,clip_value:1,norm_type:0}",
+            "train.clip_gradients.norm_type: found 0, .*posit",
+        ),
+        (
+            "train.clip_gradients={clip_type:norm,clip_value:1,iter_range:[5]}",
+            "train.clip_gradients.iter_range: found .5., ",
+        ),
+        (
+            "train.clip_gradients={clip_type:norm,clip_value:1,iter_range:[9,3]}",
+            "iter_range: found .9, 3., .*first < last",
+        ),
+        ("train.clip_gradients={clip_type:norm}", "train.clip_gradients.clip_value: it is missing"),
         ("train.clip_gradients=3", "train.clip_gradients: found 3, but it must be a dict"),
         ("dataloader.train.num_workers=-1", "dataloader.train.num_workers: found -1"),
         ("train.on_nonfinite=ignore", "train.on_nonfinite: found 'ignore', .*stop, skip"),

@@ -89,8 +89,21 @@ def test_in_a_row_and_of_the_last_hundred(pattern, steps):
     assert skip(pattern) == pytest.approx(steps, abs=1)
 
 
+class Statistics(ToyDetector):
+    """With a mean of its images, as BatchNorm's."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, batched_inputs):
+        for sample in batched_inputs:
+            self.mean += sample["image"].mean()
+        return super().forward(batched_inputs)
+
+
 def test_what_a_grad_scaler_skips_counts_too():
-    model = ToyDetector()
+    model = Statistics()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     try:
         scaler = torch.amp.GradScaler("cpu")
@@ -101,6 +114,8 @@ def test_what_a_grad_scaler_skips_counts_too():
     with pytest.raises(FloatingPointError, match=f"{MAX_SKIPPED} of the last"):
         trainer.train(0, 60)
     assert trainer.iter == 3 + MAX_SKIPPED - 1
+    means = [s["image"].mean() for i, data in zip(range(3), ToyLoader(8)) for s in data]
+    assert model.mean.item() == pytest.approx(sum(means).item(), rel=1e-5)  # of the good images
 
 
 class Static(ToyDetector):

@@ -134,6 +134,18 @@ def test_statistics_are_kept_bit_for_bit_also_where_torch_cannot_copy_them_at_on
     assert all(torch.equal(good[k], v) for k, v in model.named_buffers())
 
 
+def test_a_first_step_goes_back_to_statistics_that_were_loaded_after_the_build():
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    skip_nonfinite_steps(optimizer, model)
+    loaded = {**model.state_dict(), "1.running_mean": torch.tensor([5.0, 6.0])}
+    model.load_state_dict(loaded)
+    with EventStorage():
+        model(torch.full((4, 3), math.nan)).sum().backward()
+        optimizer.step()
+    assert model[1].running_mean.tolist() == [5, 6] and model[1].num_batches_tracked == 0
+
+
 def test_a_model_without_buffers_skips_too():
     model = nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
