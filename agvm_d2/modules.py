@@ -195,7 +195,7 @@ warnings.filterwarnings("ignore", message="'agvm_d2.modules' found", category=Ru
 
 
 def main(argv: list[str] | None = None) -> None:
-    from .d2.imports import add_flag
+    from .d2.imports import add_flag, add_unsafe_flag
     from .d2.skeleton import model_of
 
     parser = argparse.ArgumentParser(
@@ -203,9 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--config-file", required=True, help="a YAML config or a LazyConfig (.py)")
     add_flag(parser)
-    parser.add_argument(
-        "--allow-unsafe-yaml", action="store_true", help="let !!python tags in the file run code"
-    )
+    add_unsafe_flag(parser)
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, help="KEY VALUE, of a LazyConfig KEY=VALUE"
     )

@@ -1,8 +1,10 @@
-"""`python -m agvm_d2.recipe --config-file CONFIG --batch-size N`: what to put in a config to train
-with batches of N images."""
+"""`python -m agvm_d2.recipe --config-file CONFIG --batch-size N`: a config to train with batches of
+N images, on top of one that works. It is YAML with CONFIG as its _BASE_, or lines to add to a .py.
+"""
 
 from __future__ import annotations
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from . import model_zoo
 from .d2.config import add_agvm_config, naming_the_key
+from .d2.imports import add_unsafe_flag
 from .d2.yaml_files import check_yaml
 from .solver.build import EPS
 from .solver.schedule import LR_SCALINGS, adam_scaled, scaled_lr
@@ -28,6 +31,8 @@ IMAGES = {
     "digits_train_sem_seg": 2000,
     "digits_train_panoptic": 2000,
 }
+# Of AGVM, whatever the rule.
+DEFAULTS = {"MODE": "modulate", "INTERVAL": -1, "MOMENTUM": -1.0}
 # Iterations to each side of the end of warm-up in which the paper clips.
 CLIP = 100
 # The paper has hardly a run below (Faster R-CNN, batch 1536: 924).
@@ -35,9 +40,9 @@ FEW_ITERATIONS = 900
 
 
 class Baseline(NamedTuple):
-    """Training that works, at its own batch."""
+    """Training that works."""
 
-    batch: int
+    batch: int  # that its learning rate and schedule are for
     lr: float
     max_iter: int
     steps: tuple[int, ...] = ()  # none in a LazyConfig, where drops are shares of training
@@ -51,6 +56,7 @@ class Baseline(NamedTuple):
     eval_period: int = 0
     clip: dict | None = None  # CLIP_GRADIENTS' keys, if it clips
     config: CfgNode | DictConfig | None = None  # that all this is from
+    own: int | None = None  # the config's batch, where another than `batch`: it trains by the gain
 
     @property
     def lazy(self) -> bool:
@@ -78,7 +84,7 @@ def recipe(
     base: Baseline, batch: int, scaling: str | None = None, scale_betas: bool = False
 ) -> dict[str, dict]:
     """yacs keys for training at `batch`, on as many images as `base`; or, with "gain", as long as
-    the gain asks. None at the batch of `base`.
+    the gain asks. None at the config's own batch.
 
     Args:
         scaling: of `scaled_lr`; by default "sqrt" for Adam, LAMB and Muon, else "linear-sqrt".
@@ -96,13 +102,15 @@ def recipe(
             f"{'another optimizer' if base.betas is None else 'one of them'} and the rule is "
             f"{scaling}"
         )
-    if batch == base.batch:
+    if batch == (base.own or base.batch):
         return {}
     if scaling == "gain":
         if batch < base.batch:
-            raise ValueError(f"--batch-size {batch}: is below {base.batch}, the config's own")
-        agvm = {"ENABLED": True, "RULE": "gain", "SCHEDULE": "gain", "BASE_BATCH_SIZE": base.batch}
-        agvm |= {"MODE": "modulate", "INTERVAL": -1, "MOMENTUM": -1.0, "START_ITER": -1}
+            raise ValueError(
+                f"--batch-size {batch}: is below {base.batch}, which the config's schedule is for"
+            )
+        agvm = {"RULE": "gain", "SCHEDULE": "gain", "BASE_BATCH_SIZE": base.batch}
+        agvm = {"ENABLED": True, **agvm, **_changed(base, {**DEFAULTS, "START_ITER": -1})}
         return {"SOLVER": {"IMS_PER_BATCH": batch}, "AGVM": agvm}
     lr = scaled_lr(batch, scaling, base.lr, base.batch)
     shrink = base.batch / batch
@@ -143,9 +151,17 @@ def recipe(
         "AGVM": {
             "ENABLED": True,  # a baseline's config has it off
             "START_ITER": warmup + window,
+            **_changed(base, {**DEFAULTS, "RULE": "variance", "SCHEDULE": "iterations"}),
             **({"INTERVAL": 5} if batch > 1000 else {}),
         },
     }
+
+
+def _changed(base: Baseline, agvm: dict[str, Any]) -> dict[str, Any]:
+    """Of AGVM's defaults, those that the config of `base` has other values for."""
+    own = base.agvm or _old(base.config, "AGVM") or {}
+    own = {name.upper(): value for name, value in own.items()}
+    return {name: value for name, value in agvm.items() if own.get(name, value) != value}
 
 
 def _old(config: Any, key: str) -> Any:
@@ -156,10 +172,10 @@ def _old(config: Any, key: str) -> Any:
 
 
 def as_yaml(keys: dict, config: CfgNode | None = None) -> str:
-    """To paste below a yacs config.
+    """As in a yacs config.
 
     Args:
-        config: what it is pasted below; a comment has its value of each key that changes.
+        config: the one before; a comment has its value of each key that changes.
     """
 
     def lines(keys: dict, path: str) -> Iterator[str]:
@@ -178,7 +194,7 @@ def as_yaml(keys: dict, config: CfgNode | None = None) -> str:
 
 
 def as_python(keys: dict, agvm: dict, config: DictConfig | None = None) -> str:
-    """To paste below a LazyConfig; its schedule is in shares of training, and stays but for
+    """To add at the end of a LazyConfig; its schedule is in shares of training, and stays but for
     warm-up.
 
     Args:
@@ -253,8 +269,9 @@ def read_baseline(path: str, allow_unsafe: bool = False) -> Baseline:
     except ValueError as error:
         raise naming_the_key(error) from None
     solver = cfg.SOLVER
+    batch, own = _batches(solver.IMS_PER_BATCH, {k.lower(): v for k, v in cfg.AGVM.items()})
     return Baseline(
-        solver.IMS_PER_BATCH,
+        batch,
         solver.BASE_LR,
         solver.MAX_ITER,
         tuple(solver.STEPS),
@@ -267,7 +284,16 @@ def read_baseline(path: str, allow_unsafe: bool = False) -> Baseline:
         eval_period=cfg.TEST.EVAL_PERIOD,
         clip=solver.CLIP_GRADIENTS if solver.CLIP_GRADIENTS.ENABLED else None,
         config=cfg,
+        own=own,
     )
+
+
+def _batches(batch: int, agvm: dict) -> tuple[int, int | None]:
+    """`Baseline.batch` and `own` of a config whose batch is `batch`."""
+    by_gain = agvm.get("enabled", True) and agvm.get("mode", "modulate") == "modulate"
+    if by_gain and agvm.get("schedule") == "gain":
+        return agvm.get("base_batch_size", 16), batch
+    return batch, None
 
 
 def of_lazyconfig(cfg: DictConfig, path: str) -> Baseline:
@@ -285,8 +311,9 @@ def of_lazyconfig(cfg: DictConfig, path: str) -> Baseline:
     adam = any(name in target for name in ("adam", "lamb"))
     betas = tuple(cfg.optimizer.get("betas", (0.9, 0.999))) if adam else None
     eps = cfg.optimizer.get("eps", EPS["LAMB" if "lamb" in target else "ADAMW"])
-    batch, lr, max_iter = found
+    own, lr, max_iter = found
     agvm: Any = OmegaConf.to_container(cfg.get("agvm") or OmegaConf.create({}))
+    batch, own = _batches(own, agvm)
     names = OmegaConf.select(cfg, "dataloader.train.dataset.names", default=())
     clip = OmegaConf.select(cfg, "train.clip_gradients") or {}
     return Baseline(
@@ -304,6 +331,7 @@ def of_lazyconfig(cfg: DictConfig, path: str) -> Baseline:
         eval_period=OmegaConf.select(cfg, "train.eval_period") or 0,
         clip={name.upper(): value for name, value in clip.items()} or None,
         config=cfg,
+        own=own,
     )
 
 
@@ -329,9 +357,7 @@ def main(argv: list[str] | None = None) -> None:
         action="store_true",
         help="with Adam, print its betas and eps for the batch, too (Malladi et al. 2022; untried)",
     )
-    parser.add_argument(
-        "--allow-unsafe-yaml", action="store_true", help="let !!python tags in the file run code"
-    )
+    add_unsafe_flag(parser)
     args = parser.parse_args(argv)
     try:
         base = read_baseline(args.config_file, args.allow_unsafe_yaml)
@@ -371,11 +397,8 @@ def main(argv: list[str] | None = None) -> None:
         f"# {micro} to what fits into its memory, at most half of the batch."
     )
     if base.agvm is None:
-        if args.scaling == "gain":  # the defaults again, where the config has others
-            for name in ("MODE", "INTERVAL", "MOMENTUM", "START_ITER"):
-                if _old(base.config, f"AGVM.{name}") in (None, keys["AGVM"][name]):
-                    del keys["AGVM"][name]
-        print(as_yaml(keys, base.config), end="")
+        path = os.path.abspath(model_zoo.find(args.config_file))
+        print(yaml.safe_dump({"_BASE_": path}) + as_yaml(keys, base.config), end="")
     else:
         print(as_python(keys, base.agvm, base.config), end="")
 

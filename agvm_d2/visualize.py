@@ -27,7 +27,7 @@ from .d2 import lazy
 from .d2.checkpoint import AtomicCheckpointer
 from .d2.checks import check_datasets, check_device
 from .d2.config import read_config
-from .d2.imports import add_flag, import_project
+from .d2.imports import add_flag, add_unsafe_flag, import_project
 
 SIDE = 480  # pixels of the shorter side of a drawn image, at least
 
@@ -57,12 +57,13 @@ def draw_prediction(
 
 
 def load(
-    config_file: str, opts: list[str], imports: Sequence[str] = ()
+    config_file: str, opts: list[str], imports: Sequence[str] = (), allow_unsafe: bool = False
 ) -> tuple[nn.Module, Callable, str]:
     """A trained model in eval mode, its mapper of test images, and the name of the first test set.
 
     Args:
         imports: see `import_project`.
+        allow_unsafe: let !!python tags run code.
 
     Raises:
         ValueError, KeyError, FileNotFoundError: names the config key or import.
@@ -71,14 +72,16 @@ def load(
     if config_file.endswith(".py"):
         cfg = lazy.load(config_file, opts)
         names, device = lazy.dataset_names(cfg, eval_only=True), cfg.train.device
-        keys, weights = ("train.init_checkpoint", "train.device"), cfg.train.init_checkpoint
+        keys = ("train.init_checkpoint", "train.device", "dataloader.test.dataset.names")
+        weights = cfg.train.init_checkpoint
     else:
-        cfg = read_config(config_file, opts, cfg=project)
+        cfg = read_config(config_file, opts, allow_unsafe, project)
         names, device = cfg.DATASETS.TEST, cfg.MODEL.DEVICE
-        keys, weights = ("MODEL.WEIGHTS", "MODEL.DEVICE"), cfg.MODEL.WEIGHTS
+        keys = ("MODEL.WEIGHTS", "MODEL.DEVICE", "DATASETS.TEST")
+        weights = cfg.MODEL.WEIGHTS
     if not names:
-        raise ValueError("DATASETS.TEST: found none, but one is needed to draw from.")
-    check_datasets(names[:1])
+        raise ValueError(f"{keys[2]}: found none, but one is needed to draw from.")
+    check_datasets(names[:1], keys[2])
     check_device(keys[1], device)
     if not os.path.isfile(weights):
         raise FileNotFoundError(f"{keys[0]}: '{weights}' is no file: give a run's model_final.pth")
@@ -139,11 +142,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", default="predictions.png", metavar="PNG")
     parser.add_argument("--num", type=int, default=4, help="images")
     parser.add_argument("--threshold", type=float, default=0.5, help="lowest score drawn")
+    add_unsafe_flag(parser)
     add_flag(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs, as in training")
     args = parser.parse_args(argv)
     try:
-        loaded = load(args.config_file, args.opts, args.imports)
+        loaded = load(args.config_file, args.opts, args.imports, args.allow_unsafe_yaml)
         print(visualize(*loaded, args.out, args.num, args.threshold))
     except (ValueError, KeyError, OSError) as error:
         sys.exit(f"agvm_d2.visualize: error: {error}")

@@ -19,20 +19,20 @@ def run(capsys, *args) -> str:
     return capsys.readouterr().out
 
 
-def pasted(out: str, folder):
-    """The config of FASTER with what was printed below it, checked."""
-    (folder / "c.yaml").write_text(f"_BASE_: {FASTER}\n{out}")
+def printed(out: str, folder):
+    """The config that was printed, checked."""
+    (folder / "printed.yaml").write_text(out)
     cfg = get_cfg()
     add_agvm_config(cfg)
-    cfg.merge_from_file(str(folder / "c.yaml"))
+    cfg.merge_from_file(str(folder / "printed.yaml"))
     cfg.MODEL.DEVICE = "cpu"
     check_config(cfg, 1)
     return cfg
 
 
-def test_what_it_prints_can_be_pasted_and_is_the_papers_recipe(capsys, tmp_path):
+def test_it_prints_a_config_that_is_the_papers_recipe(capsys, tmp_path):
     out = run(capsys, "--config-file", FASTER, "--batch-size", 512)
-    cfg = pasted(out, tmp_path)
+    cfg = printed(out, tmp_path)
     solver = cfg.SOLVER
     assert solver.BASE_LR == 0.32  # 0.16 * sqrt(512 / 128)
     assert solver.CHECKPOINT_PERIOD == 156  # 5,000 x 16 / 512
@@ -128,9 +128,9 @@ def test_rules_and_hints(capsys):
 
 def test_the_gain_changes_nothing_of_the_solver_but_the_batch(capsys, tmp_path):
     out = run(capsys, "--config-file", FASTER, "--batch-size", 512, "--rule", "gain")
-    solver, base = pasted(out, tmp_path).SOLVER, pasted("", tmp_path).SOLVER
+    solver, base = printed(out, tmp_path).SOLVER, printed(f"_BASE_: {FASTER}", tmp_path).SOLVER
     assert {k for k in base if solver[k] != base[k]} == {"IMS_PER_BATCH"}
-    agvm = pasted(out, tmp_path).AGVM
+    agvm = printed(out, tmp_path).AGVM
     assert (agvm.RULE, agvm.SCHEDULE, agvm.BASE_BATCH_SIZE) == ("gain", "gain", 16)
     assert (agvm.INTERVAL, agvm.MOMENTUM, agvm.START_ITER) == (-1, -1.0, -1)
     assert yaml.safe_load(out)["AGVM"].keys() == {"ENABLED", "RULE", "SCHEDULE", "BASE_BATCH_SIZE"}
@@ -182,6 +182,47 @@ def test_a_lazyconfigs_evaluations_and_clipping():
     assert "train.clip_gradients.iter_range = (0, 63)  # was (0, 161)\n" in out
 
 
+MINE = f"""
+_BASE_: {FASTER}
+SOLVER: {{OPTIMIZER: ADAMW, WEIGHT_DECAY: 0.05, IMS_PER_BATCH: %d}}
+AGVM: {{MODE: %s, RULE: gain, SCHEDULE: gain, BASE_BATCH_SIZE: 16, INTERVAL: 7}}
+"""
+
+
+@pytest.mark.parametrize("own, mode", [(16, "monitor"), (64, "modulate")])
+def test_from_a_config_that_monitors_or_trains_by_the_gain(own, mode, capsys, tmp_path):
+    """SOLVER is for 16 images in both."""
+    path = tmp_path / "mine's.yaml"
+    path.write_text(MINE % (own, mode))
+    out = run(capsys, "--config-file", path, "--batch-size", 256, "--rule", "gain")
+    assert "# From batch 16, learning rate 0.02, 90,000 iterations." in out
+    cfg = printed(out, tmp_path)
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.AGVM.BASE_BATCH_SIZE) == (256, 16)
+    assert (cfg.AGVM.MODE, cfg.AGVM.RULE, cfg.AGVM.SCHEDULE) == ("modulate", "gain", "gain")
+    assert (cfg.SOLVER.OPTIMIZER, cfg.SOLVER.WEIGHT_DECAY) == ("ADAMW", 0.05)  # of the file
+
+    cfg = printed(run(capsys, "--config-file", path, "--batch-size", 256), tmp_path)
+    assert (cfg.AGVM.MODE, cfg.AGVM.RULE) == ("modulate", "variance")
+    assert (cfg.AGVM.SCHEDULE, cfg.AGVM.INTERVAL) == ("iterations", -1)
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER) == (0.08, 5625)  # 0.02 sqrt(256 / 16)
+    same = run(capsys, "--config-file", path, "--batch-size", own, "--rule", "gain")
+    assert "nothing needs to change" in same
+
+
+@pytest.mark.parametrize("own, mode", [(16, "monitor"), (64, "modulate")])
+def test_the_same_of_a_lazyconfig(own, mode):
+    agvm = f"agvm.mode={mode} agvm.rule=gain agvm.schedule=gain agvm.base_batch_size=16"
+    cfg = lazy.load(VITDET, [*agvm.split(), f"dataloader.train.total_batch_size={own}"])
+    base = recipe.of_lazyconfig(cfg, VITDET)
+    assert base.batch == 16
+    keys = recipe.recipe(base, 256)
+    assert keys["AGVM"]["RULE"] == "variance" and keys["AGVM"]["SCHEDULE"] == "iterations"
+    assert keys["SOLVER"]["BASE_LR"] == pytest.approx(4 * base.lr, rel=1e-2)
+    keys = recipe.recipe(base, 256, "gain")
+    assert keys["AGVM"]["BASE_BATCH_SIZE"] == 16
+    assert keys["AGVM"].get("MODE") == ("modulate" if mode == "monitor" else None)
+
+
 def test_agvm_is_on_also_from_a_baseline_without_it(tmp_path):
     (tmp_path / "c.yaml").write_text("AGVM: {ENABLED: False}")
     base = recipe.read_baseline(str(tmp_path / "c.yaml"))
@@ -205,7 +246,7 @@ def test_adams_betas_where_they_are_asked_for(capsys, tmp_path):
     args = ["--config-file", tmp_path / "a.yaml", "--batch-size", 64]
     assert "BETAS" not in run(capsys, *args) and " EPS" not in run(capsys, *args)
     out = run(capsys, *args, "--scale-betas")
-    solver = pasted(out, tmp_path).SOLVER
+    solver = printed(out, tmp_path).SOLVER
     assert (solver.BETAS, solver.EPS) == ((0.6, 0.92), 5e-9) and "beta of 0" not in out
     assert "A beta of 0" in run(capsys, *args[:3], 256, "--scale-betas")
 

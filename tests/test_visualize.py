@@ -88,3 +88,13 @@ def test_missing_weights_are_named():
     path = os.path.join(ROOT, "configs/Digits-Detection/faster_rcnn_thin_R_50_FPN_bs64_agvm.yaml")
     with pytest.raises(SystemExit, match="MODEL.WEIGHTS: 'no.pth' is no file"):
         visualize.main(["--config-file", path, "MODEL.WEIGHTS", "no.pth"])
+
+
+def test_a_yaml_file_that_runs_code_needs_its_flag(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("SOLVER:\n  STEPS: !!python/object/apply:eval ['(10, 20)']\n")
+    args = ["--config-file", str(path), "MODEL.WEIGHTS", "no.pth", "MODEL.DEVICE", "cpu"]
+    with pytest.raises(SystemExit, match="--allow-unsafe-yaml"):
+        visualize.main(args)
+    with pytest.raises(SystemExit, match="'no.pth' is no file"):
+        visualize.main(["--allow-unsafe-yaml", *args, "DATASETS.TEST", "('digits_val',)"])

@@ -216,7 +216,9 @@ class AtomicCheckpointer(DetectionCheckpointer):
         if filename.endswith(".pkl"):  # the model zoo's: arrays in a dict
             data = load_pkl(filename)
             if not isinstance(data, dict):
-                raise ValueError(f"MODEL.WEIGHTS: '{filename}' holds no dict of weights.")
+                raise ValueError(
+                    f"MODEL.WEIGHTS (train.init_checkpoint): '{filename}' holds no dict of weights."
+                )
             if "model" in data and "__author__" in data:
                 return data
             data = data.get("blobs", data)
@@ -226,8 +228,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
             state = self._torch_load(filename).get("model_state")
             if state is None:
                 raise ValueError(
-                    f"MODEL.WEIGHTS: '{filename}' has no 'model_state', which pycls' .pyth files "
-                    "have. Give a file of another kind the name .pth."
+                    f"MODEL.WEIGHTS (train.init_checkpoint): '{filename}' has no 'model_state', "
+                    "which pycls' .pyth files have. Give a file of another kind the name .pth."
                 )
             state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
             return {"model": state, "__author__": "pycls", "matching_heuristics": True}

@@ -192,8 +192,11 @@ def check_amp(key: str, enabled: bool, device: str) -> None:
     )
 
 
-def check_datasets(names: Iterable[str]) -> None:
+def check_datasets(names: Iterable[str], where: str = "DATASETS") -> None:
     """See that datasets of these names are registered and their files there.
+
+    Args:
+        where: the key that names them.
 
     Raises:
         ValueError: a name that is not registered.
@@ -204,7 +207,7 @@ def check_datasets(names: Iterable[str]) -> None:
             name = str(name)
             near = [n for n in DatasetCatalog.list() if n.split("_")[0] == name.split("_")[0]]
             raise ValueError(
-                f"DATASETS: '{name}' is not a registered dataset. Registered ones that look alike: "
+                f"{where}: '{name}' is not a registered dataset. Registered ones that look alike: "
                 f"{', '.join(near) or 'none'}; all of them: detectron2.data.DatasetCatalog.list(). "
                 "On a command line, --import MODULE_OR_FILE registers a project's own."
             )
@@ -215,7 +218,7 @@ def check_datasets(names: Iterable[str]) -> None:
             path = meta.get(key, "")
             if path and "://" not in path and not os.path.exists(path):
                 raise FileNotFoundError(
-                    f"DATASETS: '{name}' needs '{path}' ({key}), which is not there. Put the "
+                    f"{where}: '{name}' needs '{path}' ({key}), which is not there. Put the "
                     "dataset under the folder that the environment variable DETECTRON2_DATASETS "
                     "names (./datasets without it), laid out as Detectron2's docs say."
                 )

@@ -24,6 +24,13 @@ def add_flag(parser: ArgumentParser) -> None:
     )
 
 
+def add_unsafe_flag(parser: ArgumentParser) -> None:
+    """`--allow-unsafe-yaml`, which `read_config` takes as `allow_unsafe`."""
+    parser.add_argument(
+        "--allow-unsafe-yaml", action="store_true", help="let !!python tags in the file run code"
+    )
+
+
 def import_project(names: Sequence[str], cfg: CfgNode) -> CfgNode:
     """Import each of `names`, modules or .py files; once in a process, however often it is called.
 

@@ -55,6 +55,7 @@ from .trainer import create_ddp_model
 AGVM_KEYS = {"enabled", "log_period"} | {field.name for field in dataclasses.fields(Settings)}
 TRAIN_KEYS = {"micro_batch_size", "clip_gradients", "expected_results", "on_nonfinite"}
 TRAIN_KEYS |= {"on_bad_image", "check_datasets", "fsdp", "seed"}
+DATASETS = "dataloader.*.dataset.names"  # where they are named
 KEYS = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "agvm")
 
 

@@ -148,7 +148,7 @@ class _Images(Dataset):
                 if self.on_bad_image == "stop":
                     raise BadImageError(
                         f"The image or the mapper fails: {error}. Repair it, or set "
-                        "DATALOADER.ON_BAD_IMAGE skip to train without such images."
+                        "DATALOADER.ON_BAD_IMAGE skip (train.on_bad_image) to go on without."
                     ) from error
                 return self._stand_in(index, [str(error)])
             return self._stand_in(index, []) if sample is None else sample

@@ -11,7 +11,7 @@ import shutil
 import socket
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 try:
     import fcntl
@@ -118,11 +118,11 @@ def holds_a_run(folder: str) -> bool:
     )
 
 
-def set_aside(folder: str, keep: str = "") -> str:
+def set_aside(folder: str, keep: Sequence[str] = ()) -> str:
     """Move what an older run has left in `folder` to old-TIME in it; "" where there is none.
 
     Args:
-        keep: a file that the new run starts from: it also stays where it is.
+        keep: files that the new run starts from: they also stay where they are.
 
     Returns:
         The folder that it went to.
@@ -136,7 +136,7 @@ def set_aside(folder: str, keep: str = "") -> str:
     for pattern in OF_A_RUN:
         for path in glob.glob(os.path.join(glob.escape(folder), pattern)):
             new = os.path.join(target, os.path.basename(path))
-            if keep and os.path.exists(keep) and os.path.samefile(path, keep):
+            if any(os.path.exists(file) and os.path.samefile(path, file) for file in keep):
                 shutil.copy2(path, new)
             else:
                 os.replace(path, new)

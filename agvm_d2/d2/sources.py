@@ -37,7 +37,7 @@ def check_weights(
                 f"'{output_dir}'."
             )
         return
-    url = as_url(weights)
+    url = as_url(weights, keys[0])
     if url:
         problem = "" if comm.get_world_size() > 1 else why_not_fetched(url)  # once is enough
         if problem:
@@ -50,8 +50,8 @@ def check_weights(
         raise FileNotFoundError(f"{keys[0]}: '{weights}' is not there")
 
 
-def as_url(weights: str) -> str:
-    """The http(s) URL behind a path, or ""."""
+def as_url(weights: str, key: str = "MODEL.WEIGHTS") -> str:
+    """The http(s) URL behind a path, the value of `key`, or ""."""
     weights = weights.partition("?")[0]  # Detectron2's ?matching_heuristics=True
     if weights.startswith("detectron2://"):
         return DETECTRON2 + weights[len("detectron2://") :]
@@ -59,7 +59,7 @@ def as_url(weights: str) -> str:
         try:
             return ModelCatalog.get(weights[len("catalog://") :])
         except (KeyError, RuntimeError):
-            raise ValueError(f"MODEL.WEIGHTS: Detectron2 has no '{weights}'") from None
+            raise ValueError(f"{key}: Detectron2 has no '{weights}'") from None
     return weights if weights.startswith(("http://", "https://")) else ""
 
 

@@ -21,7 +21,7 @@ from . import lazy
 from .checkpoint import AtomicCheckpointer, iterations_done
 from .checks import check_config, check_datasets, check_detectron2, check_names, check_tta
 from .config import read_config
-from .imports import add_flag, import_project
+from .imports import add_flag, add_unsafe_flag, import_project
 from .launch import launch, worker_from_environment
 from .needs import check_data, of_yacs
 from .output_dir import FolderLock, config_kept, is_free, set_aside
@@ -46,7 +46,7 @@ def setup(args: Namespace) -> CfgNode | DictConfig:
     if args.config_file.endswith(".py"):
         cfg = lazy.load(args.config_file, args.opts)
         lazy.check(cfg, num_workers, args.eval_only)
-        check_datasets(lazy.dataset_names(cfg, args.eval_only))
+        check_datasets(lazy.dataset_names(cfg, args.eval_only), lazy.DATASETS)
         needs = lazy.needs(cfg, args.eval_only)
         keys = ("train.init_checkpoint", "train.output_dir", "train.device", "train.max_iter")
         train = cfg.train
@@ -116,7 +116,7 @@ def open_folder(args: Namespace, cfg: CfgNode | DictConfig) -> FolderLock | None
     if comm.is_main_process() and not args.eval_only:
         lock = FolderLock.take(folder)
         if not args.resume or iterations_done(folder) is None:
-            aside = set_aside(folder, keep=weights)
+            aside = set_aside(folder, keep=(weights, args.config_file))
     comm.synchronize()
     with config_kept(folder, comm.is_main_process() and (args.eval_only or args.resume)):
         default_setup(cfg, args)
@@ -172,11 +172,7 @@ def invoke_main(argv: list[str] | None = None, name: str = "agvm_d2.train") -> N
         name: of the command, for messages.
     """
     parser = default_argument_parser()
-    parser.add_argument(
-        "--allow-unsafe-yaml",
-        action="store_true",
-        help="let !!python tags in the config file run code",
-    )
+    add_unsafe_flag(parser)
     add_flag(parser)
     args = parser.parse_args(argv)
     try:  # once, before any worker starts

@@ -101,7 +101,9 @@ def load_pkl(path: str) -> Any:
         with open(path, "rb") as f:
             return _ArraysUnpickler(f, encoding="latin1").load()
     except Exception as error:  # damaged bytes can make pickle raise anything
-        raise ValueError(f"MODEL.WEIGHTS: '{path}' cannot be read: {error}") from error
+        raise ValueError(
+            f"MODEL.WEIGHTS (train.init_checkpoint): '{path}' cannot be read: {error}"
+        ) from error
 
 
 def _storage_from_bytes(data: bytes) -> Any:

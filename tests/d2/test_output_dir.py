@@ -107,7 +107,8 @@ def old_run(folder):
 
 def test_an_older_run_is_set_aside_whole(tmp_path):
     old_run(tmp_path)
-    target = set_aside(str(tmp_path), keep=str(tmp_path / "model_final.pth"))
+    kept = [str(tmp_path / name) for name in ("model_final.pth", "config.yaml")]
+    target = set_aside(str(tmp_path), keep=["", *kept])
     moved = sorted(os.listdir(target))
     assert moved == [
         "config.yaml", "events.out.tfevents.1.a.2.0", "last_checkpoint", "log.txt",
@@ -115,7 +116,7 @@ def test_an_older_run_is_set_aside_whole(tmp_path):
     ]  # fmt: skip
     for name in moved:
         assert open(os.path.join(target, name)).read() == name
-    left = {"inference", "mine.txt", "model_final.pth", os.path.basename(target)}
+    left = {"inference", "mine.txt", "model_final.pth", "config.yaml", os.path.basename(target)}
     assert set(os.listdir(tmp_path)) == left
     (tmp_path / "model_final.pth").unlink()
     assert set_aside(str(tmp_path)) == ""  # none there now
