@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import torch
 
-from .moments import Moments
+from .moments import Moments, averaged
 from .rules import Rule
 from .variance import noise_scale
 
@@ -67,15 +67,12 @@ class Modulator:
         if moments.num_units != self.num_units:  # averages of other units, before a resume
             self._clear(moments.num_units)
         self.last, self.variance = moments, moments.variance
-        sums = [torch.cat([s, s.sum(0, keepdim=True)]) for s in (moments.unit_sq, moments.mean_sq)]
-        ratio = sums[1] / sums[0]
-        self.unit_sq = self._average(self.unit_sq, torch.ones_like(ratio), ratio.isfinite())
-        self.mean_sq = self._average(self.mean_sq, ratio, ratio.isfinite())
-        target = self.rule(moments)
-        self.factors = self._average(self.factors, target, target.isfinite())
-
-    def _average(self, old: torch.Tensor, new: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        return torch.where(valid, self.momentum * old + (1 - self.momentum) * new, old)
+        unit_sq, mean_sq = moments.with_model()
+        ratio = mean_sq / unit_sq
+        one = torch.where(ratio.isfinite(), 1.0, torch.nan)
+        self.unit_sq = averaged(self.unit_sq, one, self.momentum)
+        self.mean_sq = averaged(self.mean_sq, ratio, self.momentum)
+        self.factors = averaged(self.factors, self.rule(moments), self.momentum)
 
     def noise_scale(self, batch_size: int | None) -> dict[str, float]:
         """B_simple of each module and of the whole "model" in images, from averages of S2/S1.

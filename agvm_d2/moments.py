@@ -31,6 +31,16 @@ class Moments(NamedTuple):
     num_units: int  # K
     variance: torch.Tensor  # phi by the estimator in use; NaN where there was no gradient
 
+    def with_model(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """S1 and S2 of each module, and last of all together: shape (modules + 1,)."""
+        one, other = (torch.cat([s, s.sum(0, keepdim=True)]) for s in (self.unit_sq, self.mean_sq))
+        return one, other
+
+
+def averaged(old: torch.Tensor, new: torch.Tensor, momentum: float) -> torch.Tensor:
+    """The moving average with `new` taken in; as it was where that is not finite."""
+    return torch.where(new.isfinite(), momentum * old + (1 - momentum) * new, old)
+
 
 def pairwise_moments(unit_sq: torch.Tensor, mean_sq: torch.Tensor, num_units: int) -> Moments:
     """Moments with the variance over all pairs of units.

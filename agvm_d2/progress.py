@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 import torch
 
+from .moments import averaged
 from .settings import AVERAGING_OF_GAIN
 from .variance import gain_of, lr_gain
 
@@ -52,11 +53,9 @@ class Progress:
 
     def update(self, moments: Moments) -> None:
         """Take a measurement in. What is not finite in it changes nothing."""
-        sums = [torch.cat([s, s.sum(0, keepdim=True)]) for s in (moments.unit_sq, moments.mean_sq)]
         units = moments.num_units
-        new = lr_gain(*sums, num_units=units, base_units=units * self.base_share)
-        new = self.momentum * self.gains + (1 - self.momentum) * new
-        self.gains = torch.where(new.isfinite(), new, self.gains)
+        new = lr_gain(*moments.with_model(), num_units=units, base_units=units * self.base_share)
+        self.gains = averaged(self.gains, new, self.momentum)
 
     def begin(self) -> None:
         """An iteration begins."""

@@ -47,7 +47,7 @@ def test_a_base_is_found_but_not_listed():
     "name", [YAML.replace("bs64", "bs65"), os.path.basename(YAML), YAML.removesuffix(".yaml")]
 )
 def test_an_unknown_name_is_told_those_close_to_it(get, name):
-    with pytest.raises(FileNotFoundError, match=f"'{name}' is not .* close to it are .*{YAML}"):
+    with pytest.raises(FileNotFoundError, match=f"'{name}' is not .* did you mean .*{YAML}"):
         get(name)
 
 

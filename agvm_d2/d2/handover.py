@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
+import resource
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 import torch
@@ -59,10 +60,6 @@ def unpacked(samples: Iterable[Any]) -> Iterator[Any]:
 
 def raise_open_files() -> float:
     """This process's limit of open files, raised to what it may have."""
-    try:
-        import resource
-    except ImportError:  # Windows has none
-        return float("inf")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -36,6 +36,7 @@ from torch import nn
 from .. import model_zoo
 from ..settings import Settings
 from ..shards import is_sharded
+from ..solver.build import prepare
 from ..solver.clip import CLIP, check_clip, clip_gradients, skip_nonfinite_steps
 from ..validate import did_you_mean, is_number, one_of
 from .agreement import AgreementHook, check_agreement, code, flat
@@ -88,7 +89,10 @@ def load(path: str, overrides: list[str]) -> DictConfig:
         hint = did_you_mean("agvm", map(str, cfg))
         if hint != ".":
             raise ValueError(f"--config-file: '{path}' has no 'agvm'{hint}")
-        cfg.agvm = {"enabled": True, **{f.name: f.default for f in dataclasses.fields(Settings)}}
+        cfg.agvm = {}
+    if OmegaConf.is_dict(cfg.agvm):
+        defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+        cfg.agvm = {"enabled": True, **defaults, **cfg.agvm}
     for override in overrides:
         key = override.split("=")[0].lstrip("+~")
         parent, _, name = key.rpartition(".")
@@ -329,7 +333,7 @@ def do_train(cfg: DictConfig, resume: bool = False) -> dict:
         skip_nonfinite_steps(optimizer, model)
     if train.get("clip_gradients"):
         clip_gradients(optimizer, **train.clip_gradients)
-    options.prepare_optimizer(optimizer, model)
+    prepare(optimizer, model, options.skip_nonfinite, options.modules)
     record = ConfigRecord(cfg, optimizer, model, train.output_dir)
     loader = train_loader(cfg)
     sharded = is_sharded(model)

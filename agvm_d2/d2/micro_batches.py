@@ -251,6 +251,5 @@ def in_micro_batches(
         precision=getattr(inner, "precision", None),
         skip_nonfinite=skip_nonfinite,
     )
-    if hasattr(inner, "gather_metric_period"):  # not in older Detectron2
-        trainer.gather_metric_period = inner.gather_metric_period
+    trainer.gather_metric_period = inner.gather_metric_period
     return trainer

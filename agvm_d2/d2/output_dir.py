@@ -3,6 +3,7 @@
 from __future__ import annotations
 import contextlib
 import datetime
+import fcntl
 import glob
 import json
 import logging
@@ -12,11 +13,6 @@ import socket
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger("detectron2.agvm_d2")
 
@@ -58,7 +54,7 @@ class FolderLock:
         Raises:
             FileExistsError: another process trains there; names it.
         """
-        if "://" in folder or fcntl is None:
+        if "://" in folder:
             return None
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(os.path.realpath(folder), LOCK)

@@ -27,8 +27,7 @@ from .rendezvous import training_timeout
 
 logger = logging.getLogger("detectron2.agvm_d2")
 
-NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
-SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: "try again". 128 + n says that nothing was saved.
 # A terminal, Slurm and a launcher each pass a signal on, so one signal comes two or three times.
 AGAIN = 2.0  # s

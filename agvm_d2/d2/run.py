@@ -3,13 +3,10 @@
 from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
-import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
-from torch import nn
 
 from ..modules import ModulePatterns
-from ..solver.build import prepare
 from .loader import IterationSeeder, ResumableLoader, shared_seed
 from .micro_batches import in_micro_batches, split_batch
 
@@ -33,11 +30,6 @@ class RunOptions:
     def micro_batches(self) -> int:
         """Passes of one worker in one iteration."""
         return split_batch(self.batch_size, self.micro_batch_size, comm.get_world_size())
-
-    def prepare_optimizer(
-        self, optimizer: torch.optim.Optimizer, model: nn.Module
-    ) -> torch.optim.Optimizer:
-        return prepare(optimizer, model, self.skip_nonfinite, self.modules)
 
     def prepare_trainer(self, trainer: SimpleTrainer) -> SimpleTrainer:
         """The trainer, or a MicroBatchTrainer in its place where these options need one.

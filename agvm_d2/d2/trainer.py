@@ -23,7 +23,7 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 
 from ..shards import is_sharded
-from ..solver import build_lr_scheduler, unsplit_optimizer
+from ..solver import build_lr_scheduler, prepare_optimizer, unsplit_optimizer
 from .agreement import AgreementHook, check_agreement, code, flat
 from .checkpoint import AtomicCheckpointer
 from .checks import check_config, check_tta
@@ -154,7 +154,7 @@ class AGVMTrainerMixin(_Trainer):
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
         with patched(defaults, "build_optimizer", unsplit_optimizer):
             optimizer = super().build_optimizer(cfg, model)
-        return run_options(cfg).prepare_optimizer(optimizer, model)
+        return prepare_optimizer(cfg, optimizer, model)
 
     @classmethod
     def build_lr_scheduler(

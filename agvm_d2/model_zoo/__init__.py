@@ -6,10 +6,11 @@
 """
 
 from __future__ import annotations
-import difflib
 import glob
 import os
 from typing import TYPE_CHECKING
+
+from ..validate import did_you_mean
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -76,9 +77,7 @@ def find(path: str) -> str:
 
 
 def _close(name: str) -> str:
-    close = difflib.get_close_matches(name, names(), cutoff=0.7)
-    near = f"; close to it are {', '.join(close)}" if close else ""
-    return f"{near}. `python -m agvm_d2.model_zoo` lists all."
+    return f"{did_you_mean(name, names())} `python -m agvm_d2.model_zoo` lists all."
 
 
 def main() -> None:

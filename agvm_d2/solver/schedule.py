@@ -21,6 +21,7 @@ from ..validate import one_of, require
 logger = logging.getLogger("detectron2.agvm_d2")
 
 LR_SCALINGS = ("linear", "sqrt", "linear-sqrt")
+KNEE = 128  # images
 
 
 def scaled_lr(
@@ -28,13 +29,12 @@ def scaled_lr(
     scaling: str = "linear-sqrt",
     base_lr: float = 0.02,
     base_batch: int = 16,
-    knee: int = 128,
 ) -> float:
     """The learning rate for a batch of `batch` images, from one known to work at `base_batch`.
 
     Args:
         scaling: "linear": lr ~ batch; "sqrt": lr ~ sqrt(batch), usual with Adam; "linear-sqrt":
-            linear up to `knee` images and sqrt beyond it, the paper's for SGD.
+            linear up to 128 images and sqrt beyond it, the paper's for SGD.
 
     Raises:
         ValueError: an unknown scaling; a batch that is not positive.
@@ -46,9 +46,9 @@ def scaled_lr(
     def growth(images: int) -> float:
         if scaling == "sqrt":
             return math.sqrt(images)
-        if scaling == "linear" or images <= knee:
+        if scaling == "linear" or images <= KNEE:
             return images
-        return math.sqrt(images * knee)
+        return math.sqrt(images * KNEE)
 
     return base_lr * growth(batch) / growth(base_batch)
 

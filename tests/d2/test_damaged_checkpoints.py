@@ -157,11 +157,15 @@ class InnerEvil:
 def test_the_storages_in_a_pkl_run_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m.pkl").write_bytes(pickle.dumps({"model": InnerEvil(), "__author__": "x"}))
-    with pytest.raises(ValueError, match="MODEL.WEIGHTS: 'm.pkl' cannot be read"):
+    with pytest.raises(
+        ValueError, match="MODEL.WEIGHTS .train.init_checkpoint.: 'm.pkl' cannot be read"
+    ):
         AtomicCheckpointer(ToyDetector()).load("m.pkl")
     assert not (tmp_path / "evil").exists()
     (tmp_path / "m.pkl").write_bytes(pickle.dumps({"model": {"a": np.zeros(9)}})[:-30])
-    with pytest.raises(ValueError, match="MODEL.WEIGHTS: 'm.pkl' cannot be read"):
+    with pytest.raises(
+        ValueError, match="MODEL.WEIGHTS .train.init_checkpoint.: 'm.pkl' cannot be read"
+    ):
         AtomicCheckpointer(ToyDetector()).load("m.pkl")
 
 

@@ -85,7 +85,6 @@ def test_bad_agvm_values_are_named(key, value, said, config):
             "train.clip_gradients={clip_type:norm,clip_value:1,iter_range:[9,3]}",
             "iter_range: found .9, 3., .*first < last",
         ),
-        ("train.clip_gradients={clip_type:norm}", "train.clip_gradients.clip_value: it is missing"),
         ("train.clip_gradients=3", "train.clip_gradients: found 3, but it must be a dict"),
         ("dataloader.train.num_workers=-1", "dataloader.train.num_workers: found -1"),
         ("train.on_nonfinite=ignore", "train.on_nonfinite: found 'ignore', .*stop, skip"),
@@ -133,6 +132,12 @@ def test_a_stock_config_has_agvm_from_the_end_of_its_warm_up_on():
     assert lazy.load(STOCK, ["agvm.schedule=gain"]).agvm.start_iter == -1
     with pytest.raises(ValueError, match="no 'agvm': .*dict.enabled=False. trains without"):
         lazy.check(lazy.read(STOCK), 1)
+
+
+def test_clipping_needs_a_type_and_a_value():
+    cfg = lazy.load(STOCK, [*CPU, "train.clip_gradients={clip_type:norm}"])
+    with pytest.raises(ValueError, match="train.clip_gradients.clip_value: it is missing"):
+        lazy.check(cfg, 2)
 
 
 def test_a_stock_config_is_evaluated_also_without_a_coco_file():

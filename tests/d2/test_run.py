@@ -10,6 +10,7 @@ from agvm_d2.d2 import lazy, trainer
 from agvm_d2.d2.loader import IterationSeeder, ResumableLoader
 from agvm_d2.d2.micro_batches import MicroBatchTrainer
 from agvm_d2.d2.run import RunOptions
+from agvm_d2.solver.build import prepare
 
 PAIRS = (("body", "backbone"), ("rest", ""))
 ALL = RunOptions(batch_size=32, micro_batch_size=4, skip_nonfinite=True, seed=3, modules=PAIRS)
@@ -86,7 +87,8 @@ def test_the_optimizer_is_split_and_skips_as_asked():
     model = ToyDetector()
     for options, groups in ((ALL, 2), (NONE, 1), (RunOptions(8), 4)):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        assert options.prepare_optimizer(optimizer, model) is optimizer
+        made = prepare(optimizer, model, options.skip_nonfinite, options.modules)
+        assert made is optimizer
         assert len(optimizer.param_groups) == groups
         with EventStorage(0):
             bad = next(model.parameters())

@@ -109,7 +109,7 @@ def test_a_config_of_the_model_zoo_and_one_that_is_nowhere(digits, tmp_path):
     cfg = train_net.setup(found)
     assert cfg.SOLVER.BASE_LR == 0.5 and cfg.SOLVER.IMS_PER_BATCH == 64
     assert os.path.isfile(found.config_file)  # which Detectron2 opens for its log
-    with pytest.raises(FileNotFoundError, match="is not a file, nor is .* close to it"):
+    with pytest.raises(FileNotFoundError, match="is not a file, nor is .* did you mean"):
         train_net.setup(args(config=name.replace("bs64", "bs63")))
 
 

@@ -8,20 +8,7 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 from agvm_d2.solver import exp_warmup
 
-agvm = dict(
-    enabled=True,
-    mode="modulate",
-    estimator="pairwise",
-    interval=-1,
-    start_iter=-1,
-    stop_iter=-1,
-    momentum=-1.0,
-    ratio_range=(0.5, 10.0),
-    anchor="backbone",
-    rule="variance",
-    base_batch_size=16,
-    modules=(),
-)
+agvm = dict(enabled=True)
 
 train = get_config("common/train.py").train
 train.seed = -1
