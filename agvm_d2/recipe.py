@@ -18,7 +18,7 @@ from .d2.imports import add_unsafe_flag
 from .d2.yaml_files import check_yaml
 from .solver.build import EPS
 from .solver.schedule import LR_SCALINGS, adam_scaled, scaled_lr
-from .validate import require
+from .validate import message, require
 
 # Of warm-up, in the paper: two epochs of 12 to 16, so shares of training from 1/8 to 1/6.
 EPOCHS, LOW, HIGH = 2, 1 / 8, 1 / 6
@@ -366,7 +366,7 @@ def main(argv: list[str] | None = None) -> None:
             base = base._replace(images=args.images)
         keys = recipe(base, args.batch_size, args.scaling, args.scale_betas)
     except (ValueError, KeyError, OSError) as error:
-        sys.exit(f"agvm_d2.recipe: error: {error}")
+        sys.exit(f"agvm_d2.recipe: error: {message(error)}")
     print(f"# From batch {base.batch}, learning rate {base.lr:g}, {base.max_iter:,} iterations.")
     if not keys:
         print("# That is the batch asked for: nothing needs to change.")

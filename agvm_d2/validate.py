@@ -39,6 +39,11 @@ def holds(condition: Callable[[Any], Any], value: Any) -> bool:
         return False
 
 
+def message(error: BaseException) -> str:
+    """What an exception says; a KeyError would put it in quotes."""
+    return str(error.args[0] if len(error.args) == 1 else error)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown `name`: which of `known` look like it, if any.
 

@@ -28,6 +28,7 @@ from .d2.checkpoint import AtomicCheckpointer
 from .d2.checks import check_datasets, check_device
 from .d2.config import read_config
 from .d2.imports import add_flag, add_unsafe_flag, import_project
+from .validate import message
 
 SIDE = 480  # pixels of the shorter side of a drawn image, at least
 
@@ -150,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         loaded = load(args.config_file, args.opts, args.imports, args.allow_unsafe_yaml)
         print(visualize(*loaded, args.out, args.num, args.threshold))
     except (ValueError, KeyError, OSError) as error:
-        sys.exit(f"agvm_d2.visualize: error: {error}")
+        sys.exit(f"agvm_d2.visualize: error: {message(error)}")
 
 
 if __name__ == "__main__":

@@ -98,3 +98,12 @@ def test_a_yaml_file_that_runs_code_needs_its_flag(tmp_path):
         visualize.main(args)
     with pytest.raises(SystemExit, match="'no.pth' is no file"):
         visualize.main(["--allow-unsafe-yaml", *args, "DATASETS.TEST", "('digits_val',)"])
+
+
+def test_an_architecture_that_is_not_registered_is_named_without_quotes(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "MODEL: {META_ARCHITECTURE: Other, DEVICE: cpu}\nDATASETS: {TEST: [digits_val]}"
+    )
+    with pytest.raises(SystemExit, match="error: No object named 'Other' found"):
+        visualize.main(["--config-file", str(path), "MODEL.WEIGHTS", str(path)])

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 import agvm_d2.data  # noqa: F401  registers the bundled datasets
 
 from .. import model_zoo
+from ..validate import message
 from . import lazy
 from .checkpoint import AtomicCheckpointer, iterations_done
 from .checks import check_config, check_datasets, check_detectron2, check_names, check_tta
@@ -182,6 +183,6 @@ def invoke_main(argv: list[str] | None = None, name: str = "agvm_d2.train") -> N
         if first and not args.eval_only:
             is_free(cfg.train.output_dir if isinstance(cfg, DictConfig) else cfg.OUTPUT_DIR)
     except (ValueError, KeyError, OSError, ImportError) as error:
-        sys.exit(f"{name}: error: {error.args[0] if len(error.args) == 1 else error}")
+        sys.exit(f"{name}: error: {message(error)}")
     print("Command Line Args:", args)
     launch(main, args, worker)
