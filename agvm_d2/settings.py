@@ -38,8 +38,8 @@ BOUNDS: Allowed = (
 )
 
 
-def _option(default: Any, allowed: Allowed, meaning: str) -> Any:
-    return dataclasses.field(default=default, metadata={"allowed": allowed, "meaning": meaning})
+def _option(default: Any, allowed: Allowed) -> Any:
+    return dataclasses.field(default=default, metadata={"allowed": allowed})
 
 
 def averaging(rule: str, interval: int = -1, momentum: float = -1.0) -> tuple[int, float]:
@@ -57,18 +57,18 @@ class Settings:
     ValueError: AGVM.INTERVAL: found 0, but it must be at least 1, or -1.
     """
 
-    mode: str = _option("modulate", ("modulate", "monitor"), '"monitor": measure and log only')
-    estimator: str = _option("pairwise", ("pairwise", "split"), '"split": the paper\'s, two halves')
-    rule: str = _option("variance", RULES, '"gain": each module\'s AdaScale gain')
-    schedule: str = _option("iterations", ("iterations", "gain"), '"gain": LR and end by progress')
-    base_batch_size: int = _option(16, POSITIVE, 'for "gain": the batch that the LR is for')
-    interval: int = _option(-1, INTERVAL, 'iterations between measurements; -1: 10, "gain" 5')
-    start_iter: int = _option(-1, ITERATION, "first measured; -1: 100 iterations after warm-up")
-    stop_iter: int = _option(-1, ITERATION, "from here on factors are 1; -1: never")
-    momentum: float = _option(-1.0, SHARE, 'of the moving average; -1: 0.97, "gain" 0.9')
-    ratio_range: tuple[float, float] = _option((0.5, 10.0), BOUNDS, "of the variance ratio")
-    anchor: str = _option("backbone", NAME, "the module that the others are brought to")
-    modules: tuple[tuple[str, str], ...] = _option((), PAIRS, "first match wins; (): known ones")
+    mode: str = _option("modulate", ("modulate", "monitor"))  # "monitor": measure and log only
+    estimator: str = _option("pairwise", ("pairwise", "split"))  # "split": the paper's, two halves
+    rule: str = _option("variance", RULES)  # "gain": each module's AdaScale gain
+    schedule: str = _option("iterations", ("iterations", "gain"))  # "gain": LR and end by progress
+    base_batch_size: int = _option(16, POSITIVE)  # for "gain": the batch that the LR is for
+    interval: int = _option(-1, INTERVAL)  # iterations between measurements; -1: 10, "gain" 5
+    start_iter: int = _option(-1, ITERATION)  # first measured; -1: 100 iterations after warm-up
+    stop_iter: int = _option(-1, ITERATION)  # from here on factors are 1; -1: never
+    momentum: float = _option(-1.0, SHARE)  # of the moving average; -1: 0.97, "gain" 0.9
+    ratio_range: tuple[float, float] = _option((0.5, 10.0), BOUNDS)  # of the variance ratio
+    anchor: str = _option("backbone", NAME)  # the module that the others are brought to
+    modules: tuple[tuple[str, str], ...] = _option((), PAIRS)  # first match wins; (): known ones
 
     def __post_init__(self) -> None:
         interval, momentum = averaging(self.rule, self.interval, self.momentum)
