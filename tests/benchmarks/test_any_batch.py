@@ -4,12 +4,16 @@ nothing is fetched."""
 import argparse
 import json
 import math
+import os
+import shutil
+import signal
 import numpy as np
 import pytest
 import torch
 
 from agvm_d2 import Settings
 from agvm_d2.d2.checks import check_config
+from agvm_d2.d2.preemption import Preempted
 from agvm_d2.data import digits
 from agvm_d2.moments import pairwise_moments
 from agvm_d2.rules import RULES
@@ -155,6 +159,41 @@ def test_what_a_run_keeps_outlives_a_resume():
         curves.after_step()
     assert second.thin() == {"iteration": [0, 5], "gain/model": [2, 2]}
     assert second.seconds >= 100
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("arm", ["sgd", "gain_profile", "sam"])
+def test_a_run_that_was_stopped_goes_on(arm, offline, tmp_path, monkeypatch):
+    short = "DATASETS.TEST () DATALOADER.NUM_WORKERS 0"
+    monkeypatch.setattr(setting, "SETTING", [*setting.SETTING, *short.split()])
+    monkeypatch.setattr(setting, "weights", lambda: "''")
+    monkeypatch.setattr(run, "weights_hash", lambda: "none")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "IMAGES", 2)
+    monkeypatch.setattr(setting, "BASE", 4)
+    monkeypatch.setattr(run, "BASE", 4)
+    wanted, path = setting.Run("faster_rcnn", arm, 4, 0.02, 1, 6), tmp_path / "rows.jsonl"
+    whole = run.do_run(wanted, path)
+    path.unlink()
+    shutil.rmtree(tmp_path / "output")
+    after_step = hooks.Curves.after_step
+
+    def stopped(self):
+        after_step(self)
+        if self.trainer.iter == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hooks.Curves, "after_step", stopped)
+        with pytest.raises(Preempted):
+            run.do_run(wanted, path)
+    assert run.read(path) == {}
+    again = run.do_run(wanted, path)
+    assert again["took"] == whole["took"] == 6
+    assert again["curves"] == whole["curves"] and again["curvature"] == whole["curvature"]
+    assert bool(whole["curvature"]) == (arm == "sgd")
+    assert (whole["curves"] == {}) == (arm == "sam")
+    assert list(run.read(path)) == [wanted]
 
 
 def test_results_are_read_back(tmp_path):
