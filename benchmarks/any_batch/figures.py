@@ -8,12 +8,18 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from agvm_d2.plot import colours_of
+from agvm_d2.plot import colours_of, plain_log
 
 from .setting import ARMS, BASE, ITERATIONS
 from .tables import Rows, base_of, by_cell, measured
 
-MARKS = {"sgd": ("0.5", "o"), "gain": ("tab:red", "s"), "whole": ("tab:blue", "^")}
+MARKS = {
+    "sgd": ("0.5", "o"),
+    "gain": ("tab:red", "s"),
+    "whole": ("tab:blue", "^"),
+    "adamw": ("0.5", "D"),
+    "gain_adamw": ("tab:orange", "D"),
+}
 
 
 def draw(rows: Rows, folder: Path, pipeline: str = "faster_rcnn") -> None:
@@ -27,11 +33,14 @@ def draw(rows: Rows, folder: Path, pipeline: str = "faster_rcnn") -> None:
                 continue
             colour, mark = MARKS[run.arm]
             x = statistics.fmean(row["took"] for row in found) / ITERATIONS
-            y = statistics.fmean(row["accuracy"] for row in found)
+            values = [row["accuracy"] for row in found]
+            y = statistics.fmean(values)
             axes[0].plot(x, y, mark, color=colour)
+            axes[0].plot([x, x], [min(values), max(values)], color=colour, lw=1)  # over seeds
             axes[0].annotate(f"{run.batch}", (x, y), (4, 4), textcoords="offset points")
         for arm, (colour, mark) in MARKS.items():
-            axes[0].plot([], [], mark, color=colour, label=ARMS[arm].label)
+            if any(run.arm == arm for run in cells):
+                axes[0].plot([], [], mark, color=colour, label=ARMS[arm].label)
         if base:
             whole = statistics.fmean(row["accuracy"] for row in base)
             axes[0].axhline(whole, color="0.7", lw=0.8, zorder=0)
@@ -56,6 +65,7 @@ def draw(rows: Rows, folder: Path, pipeline: str = "faster_rcnn") -> None:
                 yscale="log",
                 ylim=(1, 1e4),
             )
+            plain_log(axes[2].yaxis)
             axes[2].legend(frameon=False)
         figure.savefig(folder / "any_batch.png", dpi=110)
         plt.close(figure)
