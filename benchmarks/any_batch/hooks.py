@@ -14,7 +14,8 @@ POINTS = 60  # of each curve that a run keeps
 
 
 class Curves(HookBase):
-    """AGVM's scalars of each measured iteration, and the seconds; both outlive a resume."""
+    """AGVM's scalars of each measured iteration with the loss, its median over 20 iterations, and
+    the seconds; all outlive a resume."""
 
     def __init__(self, agvm: AGVM | None):
         self.agvm = agvm
@@ -27,7 +28,9 @@ class Curves(HookBase):
 
     def after_step(self) -> None:
         if self.agvm is not None and self.agvm.measured:
-            self.rows.append({"iteration": self.trainer.iter, **self.agvm.scalars()})
+            loss = float(self.trainer.storage.history("total_loss").median(20))
+            now = {"iteration": self.trainer.iter, "loss": loss}
+            self.rows.append({**now, **self.agvm.scalars()})
 
     def thin(self) -> dict[str, list]:
         """Scalar -> values, None where it was not measurable."""

@@ -146,6 +146,38 @@ def which_gain(cells: Cells) -> str:
     return table(["pipeline", "batch", "LR", *(names or [])], lines)
 
 
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of training, in progress
+
+
+def loss_at(row: dict, share: float, width: float = 0.05) -> float:
+    """The mean loss around a share of progress; NaN of a row that kept no losses."""
+    curves = row["curves"]
+    shares = np.array(curves["progress"], dtype=float) / row["iterations"]
+    losses = np.array(curves.get("loss", [np.nan] * len(shares)))
+    return float(np.mean(losses[abs(shares - share) <= width]))
+
+
+def at_equal_progress(cells: Cells) -> str:
+    """Losses of runs by the gain over those of the base batch with the same learning rate, by the
+    same optimizer, where as much progress is made: 1 or less where the clock is not too fast."""
+    lines = []
+    for run, rows in sorted(cells.items()):
+        base = "adamw" if run.arm.endswith("adamw") else "sgd"
+        base_rows = cells.get(run._replace(arm=base, batch=BASE), [])
+        if not ARMS[run.arm].by_gain or run.options or not base_rows:
+            continue
+        ratios = [
+            statistics.fmean(loss_at(row, share) for row in rows)
+            / statistics.fmean(loss_at(row, share) for row in base_rows)
+            for share in SHARES
+        ]
+        if np.isfinite(ratios).all():
+            label = [run.pipeline, str(run.batch), ARMS[run.arm].label, f"{run.lr:g}"]
+            lines.append([*label, *(f"{ratio:.3f}" for ratio in ratios)])
+    head = ["pipeline", "batch", "method", "LR", *(f"{100 * share:.0f} %" for share in SHARES)]
+    return table(head, lines)
+
+
 def noise_at(row: dict, module: str, share: float, width: float = 0.05) -> float:
     """The module's noise scale in images around a share of training: of the mean signal, where
     what was all noise has none."""
@@ -193,6 +225,10 @@ def report(rows: Rows) -> str:
             "\n### Which gain counts\n",
             "Iterations / the base's, if another gain had been the clock of the same run.\n",
             which_gain(cells),
+            "\n### Loss at equal progress\n",
+            "The training loss over that of the base batch at the same learning rate, at shares of "
+            "progress. Of runs that kept their losses.\n",
+            at_equal_progress(cells),
             "\n### Which way a module's rate should go\n",
             "Curvature of the loss along each module's gradient, and noise scale in images, in "
             "runs of the base batch. Then the rate at batch 256 over the backbone's: best on a "

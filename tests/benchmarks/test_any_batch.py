@@ -10,6 +10,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from detectron2.utils.events import EventStorage
 
 from agvm_d2 import Settings
 from agvm_d2.d2.checks import check_config
@@ -152,12 +153,14 @@ def test_what_a_run_keeps_outlives_a_resume():
     agvm = argparse.Namespace(measured=True, scalars=lambda: {"agvm/gain/model": 2.0})
     first, second = hooks.Curves(agvm), hooks.Curves(agvm)
     for curves, iteration in ((first, 0), (second, 5)):
-        curves.trainer = argparse.Namespace(iter=iteration)
+        storage = EventStorage()
+        storage.put_scalar("total_loss", 1.5)
+        curves.trainer = argparse.Namespace(iter=iteration, storage=storage)
         if curves is second:
             first.before = 100.0
             second.load_state_dict(first.state_dict())
         curves.after_step()
-    assert second.thin() == {"iteration": [0, 5], "gain/model": [2, 2]}
+    assert second.thin() == {"iteration": [0, 5], "loss": [1.5, 1.5], "gain/model": [2, 2]}
     assert second.seconds >= 100
 
 
@@ -190,6 +193,8 @@ def test_a_run_that_was_stopped_goes_on(arm, offline, tmp_path, monkeypatch):
     assert run.read(path) == {}
     again = run.do_run(wanted, path)
     assert again["took"] == whole["took"] == 6
+    for row_ in (whole, again):  # Detectron2's medians start anew
+        row_["curves"].pop("loss", None)
     assert again["curves"] == whole["curves"] and again["curvature"] == whole["curvature"]
     assert bool(whole["curvature"]) == (arm == "sgd")
     assert (whole["curves"] == {}) == (arm == "sam")
@@ -249,6 +254,21 @@ def test_the_tables_by_hand(tmp_path):
     # 2,000 iterations at a gain of 1 and 1,000 of progress at 2, 2.625, 1.25 and 4.
     shares = [f"{(2000 + 1000 / gain) / 3000:.2f} ± 0.00" for gain in (2, 2.625, 1.25, 4)]
     assert f"| 0.02 | {' | '.join(shares)} |" in text
+
+
+def test_losses_at_equal_progress():
+    base = setting.Run("faster_rcnn", "sgd", 32, 0.02, 1)
+    gain = base._replace(arm="gain", batch=128)
+
+    def losses(*values):  # at 9, 29, 49, ... % of progress
+        points = [300 + 600 * i - 30 for i in range(5)]
+        return [{"iterations": 3000, "curves": {"progress": points, "loss": list(values)}}]
+
+    cells = {base: losses(4, 2, 2, 1, 1), gain: losses(4, 1, 2, 0.9, 2)}
+    cells[gain._replace(batch=64)] = [{"iterations": 3000, "curves": {"progress": [300]}}]
+    (line,) = tables.at_equal_progress(cells).splitlines()[2:]
+    ratios = "1.000 | 0.500 | 1.000 | 0.900 | 2.000"
+    assert line == f"| faster_rcnn | 128 | module-wise AdaScale | 0.02 | {ratios} |"
 
 
 def test_the_page_holds_what_the_runs_say():
