@@ -23,6 +23,7 @@ from .setting import ARMS, BASE, PIPELINES, ROOT, UNIT, Run, config, weights_has
 from .trainer import Trainer, mapper
 
 RESULTS = ROOT / "benchmarks/results/any_batch.jsonl"
+PARTS = ("PQ_th", "PQ_st")  # of PQ: things and stuff
 
 
 def train(run: Run, folder: Path) -> dict:
@@ -57,12 +58,13 @@ def train(run: Run, folder: Path) -> dict:
     trainer.register_hooks([curves])
     trainer.resume_or_load(resume=True)  # of a run that was stopped
     task, metric, _ = PIPELINES[run.pipeline]
-    accuracy, diverged = 0.0, None
+    accuracy, diverged, parts = 0.0, None, {}
     try:
         trainer.train()
         if cfg.DATASETS.TEST:
-            found = trainer._last_eval_results[task][metric]
-            accuracy = round(found, 3) if found == found else 0.0  # NaN: nothing found
+            found = trainer._last_eval_results[task]
+            accuracy = _rounded(found[metric])
+            parts = {name: _rounded(found[name]) for name in PARTS if name in found}
     except FloatingPointError:
         diverged = trainer.iter
     done = trainer.iter
@@ -70,6 +72,7 @@ def train(run: Run, folder: Path) -> dict:
         **run._asdict(),
         "metric": f"{task} {metric}",
         "accuracy": accuracy,
+        "parts": parts,
         "diverged_at": diverged,
         "took": done,
         "images": done * run.batch,
@@ -80,6 +83,10 @@ def train(run: Run, folder: Path) -> dict:
         "machine": f"{study.cpu()}, 1 thread",
         "weights_hash": weights_hash(),
     }
+
+
+def _rounded(value: float) -> float:
+    return round(value, 3) if value == value else 0.0  # NaN: nothing found
 
 
 def do_run(run: Run, path: Path) -> dict:

@@ -146,6 +146,19 @@ def which_gain(cells: Cells) -> str:
     return table(["pipeline", "batch", "LR", *(names or [])], lines)
 
 
+def in_parts(cells: Cells) -> str:
+    """PQ of things and of stuff."""
+    lines = []
+    for run, rows in sorted(cells.items(), key=lambda cell: (cell[0].batch, cell[0].arm)):
+        parts = [row["parts"] for row in rows if row.get("parts")]
+        if parts:
+            values = [spread([part[name] for part in parts]) for name in ("PQ_th", "PQ_st")]
+            lines.append(
+                [str(run.batch), ARMS[run.arm].label, f"{run.lr:g}", *values, str(len(parts))]
+            )
+    return table(["batch", "method", "LR", "PQ, things", "PQ, stuff", "seeds"], lines)
+
+
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of training, in progress
 
 
@@ -220,6 +233,8 @@ def report(rows: Rows) -> str:
             f"weights {', '.join(hashes)}). The base: batch {BASE}, {ITERATIONS:,} iterations, at "
             "the learning rate of SGD's that did best there.\n",
             all_runs(cells),
+            "\n### Panoptic FPN in parts\n",
+            in_parts(cells),
             "\n### The plan against the runs\n",
             plan_against_runs(cells),
             "\n### Which gain counts\n",
