@@ -163,30 +163,28 @@ SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of training, in progress
 
 
 def loss_at(row: dict, share: float, width: float = 0.05) -> float:
-    """The mean loss around a share of progress; NaN of a row that kept no losses."""
-    curves = row["curves"]
-    shares = np.array(curves["progress"], dtype=float) / row["iterations"]
-    losses = np.array(curves.get("loss", [np.nan] * len(shares)))
-    return float(np.mean(losses[abs(shares - share) <= width]))
+    """The mean loss around a share of progress."""
+    shares = np.array(row["curves"]["progress"], dtype=float) / row["iterations"]
+    return float(np.mean(np.array(row["curves"]["loss"])[abs(shares - share) <= width]))
 
 
 def at_equal_progress(cells: Cells) -> str:
     """Losses of runs by the gain over those of the base batch with the same learning rate, by the
     same optimizer, where as much progress is made: 1 or less where the clock is not too fast."""
     lines = []
-    for run, rows in sorted(cells.items()):
+    kept = {run: [row for row in rows if "loss" in row["curves"]] for run, rows in cells.items()}
+    for run, rows in sorted(kept.items()):
         base = "adamw" if run.arm.endswith("adamw") else "sgd"
-        base_rows = cells.get(run._replace(arm=base, batch=BASE), [])
-        if not ARMS[run.arm].by_gain or run.options or not base_rows:
+        base_rows = kept.get(run._replace(arm=base, batch=BASE))
+        if not ARMS[run.arm].by_gain or run.options or not rows or not base_rows:
             continue
         ratios = [
             statistics.fmean(loss_at(row, share) for row in rows)
             / statistics.fmean(loss_at(row, share) for row in base_rows)
             for share in SHARES
         ]
-        if np.isfinite(ratios).all():
-            label = [run.pipeline, str(run.batch), ARMS[run.arm].label, f"{run.lr:g}"]
-            lines.append([*label, *(f"{ratio:.3f}" for ratio in ratios)])
+        label = [run.pipeline, str(run.batch), ARMS[run.arm].label, f"{run.lr:g}"]
+        lines.append([*label, *(f"{ratio:.3f}" for ratio in ratios)])
     head = ["pipeline", "batch", "method", "LR", *(f"{100 * share:.0f} %" for share in SHARES)]
     return table(head, lines)
 
