@@ -43,7 +43,7 @@ GRID: list[Run] = [
     Run("panoptic_fpn", "gain", 128, LR, 2),
     *runs("gain_profile", 128, LR),
     Run("panoptic_fpn", "sgd", BASE, LR, 2),
-    *runs("sgd_3", 128, 2 * LR, iterations=TOOK[128]),
+    *runs("sgd_3", 128, 2 * LR, LR, iterations=TOOK[128]),
     # As many iterations as the gain took.
     Run("panoptic_fpn", "sgd", 128, 2 * LR, 1, 1324),
     Run("panoptic_fpn", "gain_least", 128, LR, 1),

@@ -59,6 +59,7 @@ def all_runs(cells: Cells) -> str:
         whole = [row["accuracy"] for row in base]
         kept = statistics.fmean(accuracy) / statistics.fmean(whole) if base else float("nan")
         took = [row["took"] for row in rows]
+        diverged = sum(row.get("diverged_at") is not None for row in rows)
         lines.append(
             [
                 run.pipeline,
@@ -68,7 +69,7 @@ def all_runs(cells: Cells) -> str:
                 spread(took, ".0f"),
                 f"{statistics.fmean(took) / ITERATIONS:.2f}",
                 f"{statistics.fmean(took) * run.batch / (ITERATIONS * BASE):.1f}",
-                spread(accuracy) + f" ({len(rows)})",
+                spread(accuracy) + f" ({len(rows)}{diverged * f', {diverged} diverged'})",
                 f"{100 * kept:.0f} %",
             ]
         )
