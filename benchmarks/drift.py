@@ -14,7 +14,6 @@ import argparse
 import concurrent.futures
 import fcntl
 import json
-import math
 import shutil
 import statistics
 from pathlib import Path
@@ -276,9 +275,10 @@ def draw(rows: dict[Key, dict], path: Path) -> None:
             for name, level in PAPER.get(key, {}).items():
                 axis.axhline(level, color=colours[name], lw=1, ls=":")
             for name, curve in rows[key]["curves"].items():
-                share = [100 * (i + 0.5) / len(curve) for i in range(len(curve))]
-                values = [math.nan if v is None else v for v in curve]
-                axis.plot(share, smooth(values), color=colours.get(name, "0.6"), lw=1.5)
+                found = [(i, v) for i, v in enumerate(curve) if v is not None]  # measurable
+                share = [100 * (i + 0.5) / len(curve) for i, _ in found]
+                values = smooth([v for _, v in found])
+                axis.plot(share, values, color=colours.get(name, "0.6"), lw=1.5)
             for drop in (75, 90):
                 axis.axvline(drop, color="0.85", lw=0.8, zorder=0)
             axis.set(ylim=(0, 1.5), xlim=(0, 100), xlabel="% of training")
