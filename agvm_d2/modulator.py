@@ -69,7 +69,7 @@ class Modulator:
         self.last, self.variance = moments, moments.variance
         unit_sq, mean_sq = moments.with_model()
         ratio = mean_sq / unit_sq
-        one = torch.where(ratio.isfinite(), 1.0, torch.nan)
+        one = torch.where(ratio.isfinite(), torch.ones_like(ratio), torch.nan)
         self.unit_sq = averaged(self.unit_sq, one, self.momentum)
         self.mean_sq = averaged(self.mean_sq, ratio, self.momentum)
         self.factors = averaged(self.factors, self.rule(moments), self.momentum)

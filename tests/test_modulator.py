@@ -25,6 +25,13 @@ def moments(unit_sq, mean_sq, k=4):
     )
 
 
+def test_averages_of_the_noise_scale_are_exact_in_float64():
+    modulator = Modulator(["a"], lambda m: torch.ones(1, dtype=torch.float64), momentum=0.97)
+    modulator.update(moments([2.0], [1.0]))
+    assert modulator.unit_sq.tolist() == [1 - 0.97] * 2  # float32 has 0.029999999
+    assert modulator.mean_sq.tolist() == [(1 - 0.97) * 0.5] * 2
+
+
 def test_one_update_by_hand():
     # K = 2, S1 = 1: phi = 2 (1 - S2), so 1 and 0.25 and ratio 4; mu = 0.9 + 0.1 sqrt(4) = 1.1.
     modulator = make(NAMES[:2], momentum=0.9)
