@@ -63,6 +63,15 @@ def check_agvm(values: dict, key: Callable[[str], str]) -> None:
     Settings(**values).check(key)
 
 
+def check_agvm_of(cfg: CN) -> None:
+    """`check_agvm` of a yacs config.
+
+    Raises:
+        ValueError: names the key, what was found and what it must be.
+    """
+    check_agvm({k.lower(): v for k, v in cfg.AGVM.items()}, lambda name: f"AGVM.{name.upper()}")
+
+
 # key -> (what holds of a good value, in words).
 RANGES: dict[str, tuple[Callable, str]] = {
     "SOLVER.MAX_ITER": (lambda v: v >= 1, "be at least 1"),
@@ -129,7 +138,7 @@ def check_config(cfg: CN, num_workers: int) -> None:
         value = functools.reduce(getattr, key.split("."), cfg)
         require(holds(condition, value), key, value, need)
     solver = cfg.SOLVER
-    check_agvm({k.lower(): v for k, v in cfg.AGVM.items()}, lambda name: f"AGVM.{name.upper()}")
+    check_agvm_of(cfg)
     one_of("SOLVER.ON_NONFINITE", solver.ON_NONFINITE, STOP_OR_SKIP)
     one_of("DATALOADER.ON_BAD_IMAGE", cfg.DATALOADER.ON_BAD_IMAGE, STOP_OR_SKIP)
     check_clip({"iter_range": tuple(solver.CLIP_GRADIENTS.ITER_RANGE)}, clip_key)

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..modules import ModulePatterns
 from . import lazy
-from .checks import check_agvm
+from .checks import check_agvm_of
 from .config import read_config
 from .imports import import_project
 
@@ -44,7 +44,7 @@ def model_of(
     except KeyError as error:  # yacs' own, of an unknown key
         raise ValueError(f"--config-file: '{path}': {_explained(error)}") from None
 
-    check_agvm({k.lower(): v for k, v in cfg.AGVM.items()}, lambda name: f"AGVM.{name.upper()}")
+    check_agvm_of(cfg)
 
     def build(device: str) -> nn.Module:
         cfg.MODEL.DEVICE = device
