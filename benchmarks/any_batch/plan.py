@@ -43,29 +43,39 @@ GRID: list[Run] = [
     Run("panoptic_fpn", "gain", 128, LR, 2),
     *runs("gain_profile", 128, LR),
     Run("panoptic_fpn", "sgd", BASE, LR, 2),
-    *runs("sgd_3", 128, 2 * LR, LR, iterations=TOOK[128]),
-    # As many iterations as the gain took.
+    # As many iterations as the gain took; and the rivals at one rate each.
+    *runs("sgd_3", 128, 2 * LR, iterations=TOOK[128]),
     Run("panoptic_fpn", "sgd", 128, 2 * LR, 1, 1324),
+    *rivals("adamw", 0.002),
+    *rivals("adamw_scaled", 0.002),
     Run("panoptic_fpn", "gain_least", 128, LR, 1),
+    *rivals("muon", 0.01),
+    *rivals("sam", 2 * LR),
+    Run("panoptic_fpn", "sgd", 128, 4 * LR, 1, 1324),
+    *rivals("lamb", 0.004),
+    *rivals("adamw", 0.001),
+    *rivals("adamw_scaled", 0.001),
+    *rivals("muon", 0.02),
+    Run("panoptic_fpn", "gain", 256, LR, 1),
+    *rivals("lamb", 0.008),
+    *rivals("sam", LR),
+    *rivals("muon", 0.005),
+    *rivals("lamb", 0.002),
     *(
         Run("panoptic_fpn", "gain", batch, LR, seed)
-        for batch in (256, 64, 128)
+        for batch in (64, 128, 256)
         for seed in SEEDS
-        if (batch, seed) not in ((128, 1), (128, 2))
+        if (batch, seed) not in ((128, 1), (128, 2), (256, 1))
     ),
     Run("panoptic_fpn", "sgd", BASE, LR, 3),
     *(run for arm in ("agvm", "sgd_soft") for run in runs(arm, 128, 2 * LR, iterations=TOOK[128])),
+    *runs("sgd_3", 128, LR, iterations=TOOK[128]),
     *runs("adamw", BASE, 0.002),
     Run("mask_rcnn", "sgd", BASE, LR, 1),
     Run("mask_rcnn", "gain", 128, LR, 1),
     *runs("sgd", 128, LR, 4 * LR, iterations=TOOK[128]),
     *runs("agvm", 128, LR, iterations=TOOK[128]),
     *(run for arm in ("gain_least", "gain_decay") for run in runs(arm, 128, LR)),
-    # Other optimizers, with as many iterations.
-    *(run for arm in ("adamw", "adamw_scaled") for run in rivals(arm, 0.001, 0.002)),
-    *rivals("muon", 0.005, 0.01, 0.02),
-    *rivals("sam", LR, 2 * LR),
-    *rivals("lamb", 0.002, 0.004, 0.008),
     # As many images at the base batch as the gain takes at 128.
     *runs("sgd", BASE, LR, iterations=TOOK[128] * 128 // BASE),
 ]
