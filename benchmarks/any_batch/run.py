@@ -79,6 +79,7 @@ def train(run: Run, folder: Path) -> dict:
         "seconds": round(curves.seconds),
         "curves": curves.thin(),
         "curvature": {} if curvature is None else curvature.found,
+        "noise_curvature": {} if curvature is None else curvature.of_noise,
         "torch": torch.__version__,
         "machine": f"{study.cpu()}, 1 thread",
         "weights_hash": weights_hash(),

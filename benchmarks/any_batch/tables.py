@@ -9,6 +9,7 @@ import numpy as np
 from agvm_d2.plan import Measured, predict
 from agvm_d2.variance import gain_of
 
+from .curvature import MODEL
 from .setting import ARMS, BASE, ITERATIONS, ROOT, Run
 
 DOCUMENT = ROOT / "docs/evidence-tables.md"
@@ -205,7 +206,7 @@ def best_rates(cells: Cells, batch: int = 256) -> str:
         rows = [row for row in rows if row.get("curvature")]
         for at in rows[0]["curvature"] if rows else ():
             share, curvature, noise = int(at) / run.iterations, {}, {}
-            for module in rows[0]["curvature"][at]:
+            for module in (name for name in rows[0]["curvature"][at] if name != MODEL):
                 curvature[module] = statistics.fmean(row["curvature"][at][module] for row in rows)
                 noise[module] = statistics.fmean(noise_at(row, module, share) for row in rows)
             best = {m: 1 / (c * (1 + noise[m] / batch)) for m, c in curvature.items()}
@@ -218,6 +219,32 @@ def best_rates(cells: Cells, batch: int = 256) -> str:
                 lines.append([run.pipeline, at, module, *numbers, *ratios, str(len(rows))])
     head = ["pipeline", "iteration", "module", "curvature", "noise scale"]
     return table([*head, "best", "gain", "AGVM", "seeds"], lines)
+
+
+def corrected_gain(cells: Cells, batch: int = 128) -> str:
+    """Of base runs: the gain at `batch` by the noise scale, and by that which counts the curvature
+    along the mean gradient and along its noise."""
+    lines = []
+    for run, rows in sorted(cells.items()):
+        rows = [row for row in rows if row.get("noise_curvature")]
+        for at in rows[0]["noise_curvature"] if rows else ():
+            for module in rows[0]["noise_curvature"][at]:
+                along = [
+                    statistics.fmean(row[key][at][module] for row in rows)
+                    for key in ("curvature", "noise_curvature")
+                ]
+                share = int(at) / run.iterations
+                noise = statistics.fmean(noise_at(row, module, share) for row in rows)
+                line = [run.pipeline, at, module, *(f"{c:.1f}" for c in along), f"{noise:.0f}"]
+                line.append(f"{gain_of(1 / noise, BASE, batch):.2f}")
+                if min(along) > 0:
+                    noise *= along[1] / along[0]
+                    line += [f"{noise:.0f}", f"{gain_of(1 / noise, BASE, batch):.2f}"]
+                else:  # no minimum along it
+                    line += ["–", "–"]
+                lines.append([*line, str(len(rows))])
+    head = ["pipeline", "iteration", "module", "curvature, mean", "curvature, noise"]
+    return table([*head, "noise scale", "gain", "corrected", "its gain", "seeds"], lines)
 
 
 def report(rows: Rows) -> str:
@@ -248,6 +275,11 @@ def report(rows: Rows) -> str:
             "runs of the base batch. Then the rate at batch 256 over the backbone's: best on a "
             "quadratic, 1/(c (1 + B/256)); by the gain; by AGVM. Equal rates are 1.\n",
             best_rates(cells),
+            "\n### What a step is worth, with the curvature of its noise\n",
+            "Curvature along the mean gradient of 256 images and along its noise, in runs of the "
+            "base batch; the noise scale, and the gain at batch 128; both with the noise scale "
+            "times the curvatures' ratio.\n",
+            corrected_gain(cells),
         ]
     )
 

@@ -121,29 +121,33 @@ def test_a_profile_goes_where_gradient_and_momentum_agree(tmp_path):
 
 
 class Quadratic(torch.nn.Module):
-    """a has curvature 3, b 5; each sample has its own minimum."""
+    """a has curvature 3 and 1, b 5; each sample has its own minimum, on the second axis of a."""
 
     def __init__(self):
         super().__init__()
         self.a, self.b = (torch.nn.Parameter(torch.ones(2)) for _ in "ab")
 
     def forward(self, samples):
-        at = torch.tensor([sample["at"] for sample in samples])[:, None]
+        at = torch.tensor([[0.0, sample["at"]] for sample in samples])
         return {
-            "a": 3 / 2 * (self.a - at).square().sum(1).mean(),
+            "a": (torch.tensor([3.0, 1.0]) / 2 * (self.a - at).square()).sum(1).mean(),
             "b": 5 / 2 * (self.b - at).square().sum(1).mean(),
         }
 
 
-def test_curvature_of_a_quadratic():
+def test_curvature_of_a_quadratic_along_the_mean_gradient_and_along_its_noise():
     model = Quadratic()
     model.a.grad = torch.tensor([7.0, 7.0])
-    samples = [{"at": float(i)} for i in range(5)]
+    # Two halves with the mean 1: the gradient of a is (3, 0), its noise lies on the second axis.
+    samples = [{"at": at} for at in (3.0, 1.0, 2.0, -1.0, 0.0, 1.0)]
     hook = curvature.Curvature({"a": [model.a], "b": [model.b]}, samples, 2, [0])
     hook.trainer = argparse.Namespace(iter=0, model=model)
     before = torch.get_rng_state()
     hook.after_step()
-    assert hook.found[0] == pytest.approx({"a": 3, "b": 5}, rel=1e-3)
+    # Of the model: along (3, 0, 5, 0), and along (0, 1, 0, 5).
+    model_mean, model_noise = (27 + 125) / 34, (1 + 125) / 26
+    assert hook.found[0] == pytest.approx({"a": 3, "b": 5, "model": model_mean}, rel=1e-3)
+    assert hook.of_noise[0] == pytest.approx({"a": 1, "b": 5, "model": model_noise}, rel=1e-3)
     # Training does not notice.
     assert model.a.tolist() == [1, 1] and model.a.grad.tolist() == [7, 7] and model.b.grad is None
     assert torch.equal(torch.get_rng_state(), before)
@@ -234,6 +238,7 @@ def test_the_tables_by_hand(tmp_path):
     }
     rows[base]["parts"] = {"PQ_th": 30.0, "PQ_st": 50.04}  # as Panoptic FPN's
     rows[base]["curvature"] = {"1000": {"backbone": 4.0, "rpn": 2.0}}
+    rows[base]["noise_curvature"] = {"1000": {"backbone": 1.0, "rpn": -1.0}}
     rows[base]["curves"] |= {"noise_scale/backbone": [128.0] * 3, "noise_scale/rpn": [64.0] * 3}
     figures.draw(rows, tmp_path)
     assert (tmp_path / "any_batch.png").stat().st_size > 10_000
@@ -253,6 +258,9 @@ def test_the_tables_by_hand(tmp_path):
     best, gained, agvm = (4 / 2) * (1.5 / 1.25), (3 / 1.25) / (5 / 1.5), (3 / 2) ** 0.5
     assert f"| 1000 | backbone | 4.0 | 128 | {1:.2f} | {1:.2f} | {1:.2f} | 1 |" in text
     assert f"| 1000 | rpn | 2.0 | 64 | {best:.2f} | {gained:.2f} | {agvm:.2f} | 1 |" in text
+    # At 128 (1 + 128/32)/(1 + 128/128); with a quarter of the noise scale (1 + 32/32)/(1 + 32/128).
+    assert "| 1000 | backbone | 4.0 | 1.0 | 128 | 2.50 | 32 | 1.60 | 1 |" in text
+    assert "| 1000 | rpn | 2.0 | -1.0 | 64 | 2.00 | – | – | 1 |" in text
     # 2,000 iterations at a gain of 1 and 1,000 of progress at 2, 2.625, 1.25 and 4.
     shares = [f"{(2000 + 1000 / gain) / 3000:.2f} ± 0.00" for gain in (2, 2.625, 1.25, 4)]
     assert f"| 0.02 | {' | '.join(shares)} |" in text
