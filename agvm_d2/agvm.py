@@ -3,6 +3,7 @@ learning rate inside `optimizer.step`. Knows nothing of Detectron2."""
 
 from __future__ import annotations
 import logging
+import math
 from typing import Any
 import torch
 import torch.distributed as dist
@@ -98,12 +99,7 @@ class AGVM:
             settings.stop_iter,
         )
         share = settings.base_batch_size / (batch_size or settings.base_batch_size)
-        if settings.by_gain and share > 1:
-            raise ValueError(
-                f"AGVM.SCHEDULE gain: a batch of {batch_size} images is below AGVM.BASE_BATCH_SIZE "
-                f"{settings.base_batch_size}, for which SOLVER.BASE_LR, MAX_ITER and STEPS are. "
-                "Set SOLVER.IMS_PER_BATCH to as many or more."
-            )
+        settings.check_gain(batch_size)
         # Without the gain's rates the base batch may be any, also a larger one.
         self._progress = Progress(len(names), min(share, 1.0), settings.momentum, max_iter)
         self.measured = False
@@ -114,6 +110,7 @@ class AGVM:
         self._iteration, self._depth = -1, 0
         self._wanted = self._warned = False  # a measurement; a warning has been given
         self._rehearsal = True
+        self._weights: list[float] = []  # of the iteration's micro-batches, where it is measured
         self._stepped = True  # since the last iteration began
         self._saved_lrs: list[Any] | None = None
 
@@ -133,7 +130,8 @@ class AGVM:
                 )
                 way_out = (
                     "Use two or more workers (--num-gpus 2), or micro-batches of at most half of "
-                    "the batch: SOLVER.MICRO_BATCH_SIZE (train.micro_batch_size)."
+                    "the batch: SOLVER.MICRO_BATCH_SIZE (train.micro_batch_size), or in a loop of "
+                    "your own MicroBatchTrainer with AGVMHook(micro_batches=)."
                 )
                 if self.settings.by_gain:
                     raise ValueError(f"AGVM.SCHEDULE gain: {needs}. {way_out}")
@@ -178,6 +176,7 @@ class AGVM:
             )
         self.attach()
         self._iteration, self._depth, self.measured = iteration, 0, False
+        self._weights.clear()
         self._progress.begin()
         self._wanted = self.modulator.active(iteration) and (
             self._wanted or self.modulator.due(iteration)
@@ -194,6 +193,7 @@ class AGVM:
     def micro_batch_done(self, weight: float) -> None:
         """One of several backward passes ended; its loss was multiplied by `weight`."""
         if self.tap is not None and self.tap.measuring:
+            self._weights.append(weight)
             self.tap.unit_done(weight)
 
     def backward_done(self) -> None:
@@ -303,7 +303,13 @@ class AGVM:
         return max(position, self._iteration + 1.0) >= self.max_iter
 
     def end(self) -> None:
-        """The iteration ended."""
+        """The iteration ended.
+
+        Raises:
+            RuntimeError: it has not begun.
+        """
+        if not self._handles:
+            raise RuntimeError("AGVM.end() without begin(iteration), which comes before forward().")
         self._count(stepped=False)
         self._collect(stepping=False)
         if self.tap is not None:
@@ -335,14 +341,23 @@ class AGVM:
     def _check_loop(self, tap: GradientTap) -> bool:
         """RuntimeError where this training loop cannot be measured; False where that is not known
         yet, since Adam's first gradients, over no second moments, are measured as 0."""
-        rows, units = tap.local()
-        if units * tap.workers == 1:
+        passes = len(self._weights) or 1
+        if passes != self.micro_batches:
             raise RuntimeError(
-                f"AGVM was set up for {self.micro_batches} micro-batches, but this loop ran 1 and "
-                "did not call micro_batch_done() (after_micro_batch()): a loop of its own does not "
-                "know SOLVER.MICRO_BATCH_SIZE. Train with several workers, or build "
+                f"AGVM was set up for {self.micro_batches} micro-batches, but this loop ran "
+                f"{passes}, by its calls of micro_batch_done() (after_micro_batch()). Set "
+                "micro_batches to what it runs. A loop of its own does not know "
+                "SOLVER.MICRO_BATCH_SIZE: train with several workers, or build "
                 "agvm_d2.trainer.MicroBatchTrainer in it."
             )
+        total = math.fsum(self._weights)
+        if self._weights and not math.isclose(total, 1, rel_tol=1e-3):
+            raise RuntimeError(
+                f"AGVM: the weights given to micro_batch_done() (after_micro_batch()) add up to "
+                f"{total:g}, but must to 1: each is the share by which its pass's loss was "
+                "multiplied, such as 1/4 of 4 equal passes."
+            )
+        rows, units = tap.local()
         alone = not isinstance(uncompiled(self.model), DistributedDataParallel)
         alone = alone and not isinstance(tap, ShardedTap)
         if not alone or tap.workers == 1 or units > 1:

@@ -26,6 +26,7 @@ HOURS = (
     "GPUs, make them fewer."
 )
 ENOUGH = 0.5  # share of training that should have been measured
+LONGER = 1.1  # of training: no single run is
 
 
 class Measured(NamedTuple):
@@ -58,7 +59,11 @@ def read_run(output_dir: str, base: int | None = None) -> Measured:
     """
     path = os.path.join(output_dir, "config.yaml")
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"'{path}' is not there: give the OUTPUT_DIR of a run")
+        raise FileNotFoundError(
+            f"'{path}' is not there: give the OUTPUT_DIR of a run. A loop of your own writes it "
+            "with Detectron2's default_setup(cfg, args); SOLVER: {IMS_PER_BATCH: N, MAX_ITER: N} "
+            "in it is enough for a monitored run."
+        )
     value = read_config(output_dir)
 
     def number(yacs: str, lazy: str, default: int | None = None) -> int:
@@ -69,20 +74,19 @@ def read_run(output_dir: str, base: int | None = None) -> Measured:
 
     batch = number("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size")
     max_iter = number("SOLVER.MAX_ITER", "train.max_iter")
-    own = batch  # that MAX_ITER is for
-    if value("AGVM.RULE", "agvm.rule") == "gain":
-        base = base or number("AGVM.BASE_BATCH_SIZE", "agvm.base_batch_size", 16)
+    # A batch below the base's can only be monitored, and its iterations are its own.
+    own_base = min(number("AGVM.BASE_BATCH_SIZE", "agvm.base_batch_size", 16), batch)
     by_gain = value("AGVM.SCHEDULE", "agvm.schedule") == "gain"
-    if by_gain:
-        own = number("AGVM.BASE_BATCH_SIZE", "agvm.base_batch_size", 16)
-    base = base or batch
+    own = own_base if by_gain else batch  # that MAX_ITER is for
+    base = base or (own_base if value("AGVM.RULE", "agvm.rule") == "gain" else batch)
     follows = by_gain and value("AGVM.MODE", "agvm.mode", "modulate") == "modulate"
     series = read_metrics(os.path.join(output_dir, "metrics.json"))
     if "agvm/noise_scale/model" not in series:
         raise ValueError(
             f"{output_dir} has no agvm/noise_scale/model in its metrics.json: nothing was "
             "measured, or all was noise. Train with AGVM.ENABLED True (AGVM.MODE monitor is "
-            "enough), and two workers or micro-batches."
+            "enough), AGVM.START_ITER 0 (by default it is 100 iterations after the warm-up), and "
+            "two workers or micro-batches; AGVMHook needs its batch_size."
         )
     progress = dict(zip(*series.get("agvm/progress", ((), ())), strict=True))
     noise = {}
@@ -93,6 +97,12 @@ def read_run(output_dir: str, base: int | None = None) -> Measured:
         if not points:
             raise ValueError(f"{output_dir} has no agvm/progress: it is a run of version 0.1.")
         share, scale = np.array(points).T
+        if share[-1] > LONGER * max_iter:
+            raise ValueError(
+                f"{output_dir}: its metrics.json goes to iteration {share[-1]:.0f}, but "
+                f"config.yaml has SOLVER.MAX_ITER (train.max_iter) {max_iter}: it holds several "
+                "runs. Give the folder of one."
+            )
         noise[name] = (share / max_iter, np.where(np.isnan(scale), np.inf, scale))
     own_averaging = AVERAGING_OF_GAIN
     if value("AGVM.RULE", "agvm.rule") == "gain":
@@ -174,6 +184,8 @@ def draw(measured: Measured, rows: Sequence[Row], picture: str) -> None:
     with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
         base_images = measured.base * measured.iterations
+        if all(row.batch != measured.base for row in rows):
+            rows = [Row(measured.base, measured.iterations, base_images), *rows]
         time = [row.iterations / measured.iterations for row in rows]
         cost = [row.images / base_images for row in rows]
         left.plot(cost, time, "o-", color="black", lw=1.4)
@@ -204,26 +216,28 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("output_dir", help="OUTPUT_DIR of any run with AGVM, also in monitor mode")
     parser.add_argument("--batches", type=int, nargs="+", required=True, metavar="N")
     parser.add_argument("--base-batch", type=int, metavar="N", help="default: the run's")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1], metavar="N")
+    parser.add_argument("--gpus", type=int, nargs="+", metavar="N", help="default: 1")
     parser.add_argument("--images-per-second", type=float, metavar="X", help="of one GPU")
     parser.add_argument("--out", metavar="PNG", help="default: OUTPUT_DIR/plan.png")
     args = parser.parse_args(argv)
     try:
         for flag, values in (
             ("--batches", args.batches),
-            ("--base-batch", [args.base_batch or 1]),
-            ("--gpus", args.gpus),
-            ("--images-per-second", [args.images_per_second or 1]),
+            ("--base-batch", [args.base_batch]),
+            ("--gpus", args.gpus or []),
+            ("--images-per-second", [args.images_per_second]),
         ):
-            if not all(value > 0 for value in values):
+            if not all(value is None or value > 0 for value in values):
                 raise ValueError(f"{flag}: found {values}, but it must be positive.")
+        if args.gpus and args.images_per_second is None:
+            raise ValueError("--gpus: hours on so many need --images-per-second, of one GPU.")
         measured = read_run(args.output_dir, args.base_batch)
         rows = [predict(measured, batch) for batch in sorted(set(args.batches))]
         picture = args.out or os.path.join(args.output_dir, "plan.png")
         print(
             f"# Base: batch {measured.base}, {measured.iterations:,} iterations, "
             f"{measured.base * measured.iterations:,} images.\n"
-            + table(measured, rows, args.gpus, args.images_per_second)
+            + table(measured, rows, args.gpus or [1], args.images_per_second)
             + f"\n# {coverage(measured)}\n# {LIMITS}{HOURS if args.images_per_second else ''}"
         )
         draw(measured, rows, picture)

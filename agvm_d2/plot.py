@@ -146,6 +146,8 @@ def plot(output_dir: str, picture: str | None = None) -> str:
     batch = value("SOLVER.IMS_PER_BATCH", "dataloader.train.total_batch_size")
     rule, mode = value("AGVM.RULE", "agvm.rule"), value("AGVM.MODE", "agvm.mode")
     start = value("AGVM.START_ITER", "agvm.start_iter", -1)
+    if start == -1 and value("AGVM.SCHEDULE", "agvm.schedule") == "gain":
+        start = 0
     measured = sorted({i for m in modules for i in series[f"agvm/variance/{m}"][0]})
     marks = {"AGVM starts": ([start if is_int(start) and start >= 0 else measured[0]], ":")}
     marks["learning rate drops"] = (drops_of(series.get("lr", ((), ()))), "--")

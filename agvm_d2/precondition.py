@@ -1,6 +1,7 @@
 """With Adam, gradients are measured as its steps use them: over the root of the second moment."""
 
 from __future__ import annotations
+import logging
 from collections.abc import Callable
 import torch
 import torch.distributed as dist
@@ -8,10 +9,14 @@ import torch.distributed as dist
 from .param_groups import is_zero
 from .shards import local_part
 
+logger = logging.getLogger("detectron2.agvm_d2")
+
 Precondition = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (parameter, gradient)
 
 # By name: Lamb is pytorch-optimizer's, and it keeps Adam's second moment too.
-ADAM_LIKE = {"Adam", "AdamW", "Lamb"}
+ADAM_LIKE = {"Adam", "AdamW", "NAdam", "RAdam", "Lamb"}
+# Others that scale each element by what they have seen; how, is not known here.
+ADAPTIVE = {"Adadelta", "Adafactor", "Adagrad", "Adamax", "Lion", "RMSprop"}
 
 
 class AdamPrecondition:
@@ -62,6 +67,12 @@ def preconditioner(optimizer: torch.optim.Optimizer) -> AdamPrecondition | None:
     """The optimizer's, or that of the one in a ZeroRedundancyOptimizer; None for one that keeps no
     second moment."""
     inner = optimizer.optim if is_zero(optimizer) else optimizer  # type: ignore[attr-defined]
-    if not ADAM_LIKE & {c.__name__ for c in type(inner).__mro__}:
+    names = {c.__name__ for c in type(inner).__mro__}
+    if not ADAM_LIKE & names:
+        if ADAPTIVE & names:
+            logger.warning(
+                f"AGVM measures gradients as {type(inner).__name__} gets them, not as it scales "
+                "them: variance, noise scale and gain are those of SGD."
+            )
         return None
     return AdamPrecondition(inner, 1.0 if inner is optimizer else 1 / dist.get_world_size())

@@ -267,7 +267,7 @@ def read_baseline(path: str, allow_unsafe: bool = False) -> Baseline:
     try:
         cfg.merge_from_other_cfg(CfgNode(given))
     except ValueError as error:
-        raise naming_the_key(error) from None
+        raise naming_the_key(error, cfg) from None
     solver = cfg.SOLVER
     batch, own = _batches(solver.IMS_PER_BATCH, {k.lower(): v for k, v in cfg.AGVM.items()})
     return Baseline(

@@ -31,7 +31,7 @@ INTERVAL: Allowed = (lambda v: is_int(v) and (v >= 1 or v == -1), "be at least 1
 ITERATION: Allowed = (lambda v: is_int(v) and v >= -1, "be -1 or an iteration")
 SHARE: Allowed = (lambda v: is_number(v) and (0 <= v < 1 or v == -1), "be in [0, 1), or -1")
 NAME: Allowed = (lambda v: isinstance(v, str), "be a module's name")
-PAIRS: Allowed = (_are_pairs, "be pairs (module name, regex)")
+PAIRS: Allowed = (_are_pairs, "be pairs (module name, regex), such as (('all', '.'),)")
 BOUNDS: Allowed = (
     lambda v: len(v) == 2 and is_number(*v) and 0 < v[0] <= 1 <= v[1],
     "be two numbers (low, high) with 0 < low <= 1 <= high",
@@ -103,6 +103,38 @@ class Settings:
                 f"{key('rule')} to 'gain', or {key('schedule')} to 'iterations'."
             )
         return self
+
+    def check_gain(
+        self,
+        batch_size: int | None,
+        max_iter: int | None = None,
+        key: Callable[[str], str] = lambda name: f"AGVM.{name.upper()}",
+    ) -> None:
+        """See that training by the gain can be shorter than that of the base batch.
+
+        Args:
+            batch_size: images of one iteration; none: not known.
+            max_iter: iterations of the base batch.
+            key: field name -> what a message calls it.
+
+        Raises:
+            ValueError: names the key, what was found and what it must be.
+        """
+        if not self.by_gain:  # without the gain's rates the base batch may be any
+            return
+        if batch_size is not None and batch_size < self.base_batch_size:
+            raise ValueError(
+                f"{key('schedule')} gain: a batch of {batch_size} images is below "
+                f"{key('base_batch_size')}, {self.base_batch_size}, which the learning rate and "
+                "the number of iterations are for. Train with as many images or more, or set "
+                f"{key('base_batch_size')} to the batch that the config works at."
+            )
+        if max_iter is not None and self.start_iter >= max_iter:
+            raise ValueError(
+                f"{key('schedule')} gain: {key('start_iter')} is {self.start_iter}, but training "
+                f"has {max_iter} iterations: nothing would be measured, and training not be "
+                f"shorter. Set {key('start_iter')} to -1 (from the first iteration on)."
+            )
 
     @property
     def by_gain(self) -> bool:

@@ -27,6 +27,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import HookBase, default_setup
+from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 from torch import nn
 from tqdm import tqdm
@@ -180,6 +181,9 @@ class Run:
             command += ["-m", "benchmarks.preemption"]
         else:
             command += ["-m", "benchmarks.preemption", "--num-gpus", str(workers)]
+        if launcher == "detectron2":  # in the background of a shell, which ignores SIGINT there
+            command = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command]
+            flags += ("--detectron2-launch",)
         for signum in SIGNALS:  # a shell lets what it starts in the background ignore SIGINT
             if signal.getsignal(signum) == signal.SIG_IGN:
                 signal.signal(signum, signal.SIG_DFL)
@@ -409,12 +413,15 @@ def main() -> None:
     inner = parser.add_argument_group("the run itself")
     inner.add_argument("--train", metavar="FOLDER")
     inner.add_argument("--resume", action="store_true")
+    inner.add_argument("--detectron2-launch", action="store_true", help="as in a project's script")
     inner.add_argument("--die-at", type=int, default=-1)
     for flag, value in (("num-gpus", 1), ("num-machines", 1), ("machine-rank", 0)):
         inner.add_argument(f"--{flag}", type=int, default=value)
     args = parser.parse_args()
     args.dist_url, args.eval_only = "auto", False
-    if args.train:
+    if args.train and args.detectron2_launch:
+        detectron2_launch(train, args.num_gpus, dist_url=args.dist_url, args=(args,))
+    elif args.train:
         launch(train, args, worker_from_environment(args))
     elif args.cost:
         args.num_gpus = 2

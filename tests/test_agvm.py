@@ -566,7 +566,7 @@ def test_what_the_gains_schedule_cannot_do():
     with pytest.raises(ValueError, match="AGVM.SCHEDULE gain: .* at least two gradients"):
         model, optimizer, _, agvm = by_gain(micro_batches=1)
         agvm.begin(0)
-    with pytest.raises(ValueError, match="a batch of 8 images is below AGVM.BASE_BATCH_SIZE 16"):
+    with pytest.raises(ValueError, match="a batch of 8 images is below AGVM.BASE_BATCH_SIZE, 16"):
         by_gain(base_batch_size=16)
     with pytest.raises(ValueError, match="AGVM.done needs max_iter"):
         _ = make(model, optimizer).done
@@ -575,3 +575,34 @@ def test_what_the_gains_schedule_cannot_do():
     with pytest.raises(ValueError, match="does not say how many iterations of the base batch"):
         by_gain()[3].load_state_dict(state)
     make(ToyDetector(), sgd(ToyDetector()), batch_size=8).load_state_dict(state)  # of version 0.1
+
+
+@pytest.mark.parametrize(
+    "micro_batches, passes, weight, message",
+    [
+        (4, 2, 0.5, "set up for 4 micro-batches, but this loop ran 2"),
+        (2, 4, 0.25, "set up for 2 micro-batches, but this loop ran 4"),
+        (2, 1, None, "set up for 2 micro-batches, but this loop ran 1"),  # does not call it
+        (2, 2, 1.0, "add up to 2, but must to 1"),
+    ],
+)
+def test_a_loop_with_other_micro_batches_than_said_fails_at_once(
+    micro_batches, passes, weight, message
+):
+    model = ToyDetector()
+    optimizer = sgd(model)
+    agvm = make(model, optimizer, micro_batches=micro_batches, start_iter=100)
+    agvm.begin(0)
+    for i in range(passes):
+        loss(model, batch(4, seed=i)).backward()
+        if weight is not None:
+            agvm.micro_batch_done(weight)
+    agvm.backward_done()
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+
+
+def test_an_iteration_that_has_not_begun():
+    model = ToyDetector()
+    with pytest.raises(RuntimeError, match=r"without begin\(iteration\)"):
+        make(model, sgd(model)).end()

@@ -103,6 +103,15 @@ def test_what_a_run_says(mode, rule, schedule, asked, base, iterations, share, t
     assert found.noise["model"][1].tolist() == [10, 20] and found.noise["fpn"][1][0] == 5
 
 
+@pytest.mark.parametrize("schedule", ["gain", "iterations"])
+def test_a_batch_below_the_base_is_the_runs_own(schedule, tmp_path):
+    """Monitored with AGVM.BASE_BATCH_SIZE left at its 16: MAX_ITER is this batch's."""
+    text = YAML.format(batch=4, max_iter=1000, mode="monitor", rule="gain", schedule=schedule)
+    folder = write(tmp_path, text, ROWS)
+    assert plan.read_run(folder)[:2] == (4, 1000)
+    assert plan.read_run(folder, 8)[:2] == (8, 500)
+
+
 def test_a_measurement_without_a_noise_scale_was_all_noise(tmp_path):
     text = YAML.format(batch=16, max_iter=1000, mode="monitor", rule="variance", schedule="x")
     rows = [{"iteration": 200, "agvm/progress": 1.0}, {"iteration": 400, "total_loss": 1.0}]
@@ -173,6 +182,13 @@ def test_the_command(capsys, tmp_path):
         (["no", "--batches", "64"], "'no/config.yaml' is not there"),
         (["run", "--batches", "8"], "--batches: 8 is below the base batch, 16"),
         (["run", "--batches", "0"], "--batches: found"),
+        (["run", "--batches", "64", "--base-batch", "0"], "--base-batch: found [0]"),
+        (["run", "--batches", "64", "--images-per-second", "0"], "--images-per-second: found"),
+        (["run", "--batches", "64", "--gpus", "8"], "--gpus: hours on so many need --images-per"),
+        (
+            ["short", "--batches", "64"],
+            "goes to iteration 300, but config.yaml has SOLVER.MAX_ITER",
+        ),
         (["run", "--batches", "64", "--gpus", "-1"], "--gpus: found"),
         (["run", "--batches", "64", "--images-per-second", "-1"], "--images-per-second: found"),
         (["empty", "--batches", "64"], "has no agvm/noise_scale/model"),
@@ -191,6 +207,7 @@ def test_bad_arguments(args, message, tmp_path, monkeypatch):
     write(tmp_path / "empty", text, [{"iteration": 1, "total_loss": 1.0}])
     write(tmp_path / "keyless", "SOLVER: {MAX_ITER: 3}", ROWS)
     write(tmp_path / "zero", text.replace("MAX_ITER: 1000", "MAX_ITER: 0"), ROWS)
+    write(tmp_path / "short", text.replace("MAX_ITER: 1000", "MAX_ITER: 270"), ROWS)
     write(tmp_path / "old", text, [{"iteration": 1, "agvm/noise_scale/model": 3.0}])
     with pytest.raises(SystemExit, match=re.escape(message)):
         plan.main(args)

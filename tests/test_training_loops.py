@@ -342,6 +342,13 @@ def test_adams_elements_without_a_second_moment_do_not_count():
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("name, said", [("RMSprop", True), ("SGD", False), ("NAdam", False)])
+def test_an_optimizer_that_scales_otherwise_is_named(name, said, d2_log):
+    optimizer = getattr(torch.optim, name)([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    assert (preconditioner(optimizer) is not None) == (name == "NAdam")
+    assert (f"as {name} gets them, not as it scales them" in d2_log.text) == said
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_one_huge_gradient_or_a_change_of_scale_does_not_rule_the_noise_scale(scale):
     """S1 = 2, S2 = 1 of K = 4: tr Sigma = 4/3, |G|^2 = 2/3 and B = 2 units, whatever the scale."""

@@ -47,11 +47,14 @@ def check_whole(key: str, value: Any, low: int) -> None:
     require(is_int(value) and value >= low, key, value, f"be a whole number from {low} on")
 
 
-def check_agvm(values: dict, key: Callable[[str], str]) -> None:
+def check_agvm(values: dict, key: Callable[[str], str]) -> Settings:
     """Check the fields of `Settings`, and `enabled` and `log_period`; missing ones are not.
 
     Args:
         key: name -> what a message calls it.
+
+    Returns:
+        The settings.
 
     Raises:
         ValueError: names the key, what was found and what it must be.
@@ -60,16 +63,17 @@ def check_agvm(values: dict, key: Callable[[str], str]) -> None:
     enabled = values.pop("enabled", True)
     require(isinstance(enabled, bool), key("enabled"), enabled, "be True or False")
     check_whole(key("log_period"), values.pop("log_period", 20), 1)
-    Settings(**values).check(key)
+    return Settings(**values).check(key)
 
 
-def check_agvm_of(cfg: CN) -> None:
+def check_agvm_of(cfg: CN) -> Settings:
     """`check_agvm` of a yacs config.
 
     Raises:
         ValueError: names the key, what was found and what it must be.
     """
-    check_agvm({k.lower(): v for k, v in cfg.AGVM.items()}, lambda name: f"AGVM.{name.upper()}")
+    values = {k.lower(): v for k, v in cfg.AGVM.items()}
+    return check_agvm(values, lambda name: f"AGVM.{name.upper()}")
 
 
 # key -> (what holds of a good value, in words).
@@ -138,7 +142,9 @@ def check_config(cfg: CN, num_workers: int) -> None:
         value = functools.reduce(getattr, key.split("."), cfg)
         require(holds(condition, value), key, value, need)
     solver = cfg.SOLVER
-    check_agvm_of(cfg)
+    settings = check_agvm_of(cfg)
+    if cfg.AGVM.ENABLED:
+        settings.check_gain(solver.IMS_PER_BATCH, solver.MAX_ITER)
     one_of("SOLVER.ON_NONFINITE", solver.ON_NONFINITE, STOP_OR_SKIP)
     one_of("DATALOADER.ON_BAD_IMAGE", cfg.DATALOADER.ON_BAD_IMAGE, STOP_OR_SKIP)
     check_clip({"iter_range": tuple(solver.CLIP_GRADIENTS.ITER_RANGE)}, clip_key)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 import dataclasses
 import re
+from collections.abc import Iterator
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
 from .. import model_zoo
 from ..settings import Settings
+from ..validate import did_you_mean, message
 from .yaml_files import check_yaml
 
 
@@ -45,14 +47,35 @@ TYPE_MISMATCH = re.compile(
 )
 
 
-def naming_the_key(error: Exception) -> ValueError:
-    """yacs' complaint about a key of a config, in words that name the key."""
+UNKNOWN = re.compile(r"Non-existent (?:config )?key: ([\w.]+)")
+QUOTES = """ In a shell: AGVM.MODULES "(('all', '.'),)"."""  # or it takes quotes and brackets off
+
+
+def naming_the_key(error: Exception, cfg: CN) -> ValueError:
+    """yacs' complaint about a key of a config, in words that name the key.
+
+    Args:
+        cfg: with the keys that there are.
+    """
+    unknown = UNKNOWN.search(str(error))
+    if unknown:
+        found = message(error).rstrip(".")
+        return ValueError(f"config: {found}{did_you_mean(unknown.group(1), _keys(cfg))}")
     mismatch = TYPE_MISMATCH.search(str(error))
     if not mismatch:
-        return ValueError(f"config: {error}")
+        return ValueError(f"config: {message(error)}")
     wanted, found, value, key = mismatch.groups()
     wanted = "a group of keys" if wanted.endswith("CfgNode") else f"of type {wanted}"
-    return ValueError(f"{key}: found {value} of type {found}, but it must be {wanted}.")
+    hint = QUOTES if key == "AGVM.MODULES" else ""
+    return ValueError(f"{key}: found {value} of type {found}, but it must be {wanted}.{hint}")
+
+
+def _keys(cfg: CN, prefix: str = "") -> Iterator[str]:
+    for name, value in cfg.items():
+        if isinstance(value, CN):
+            yield from _keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def read_config(path: str, opts: list, allow_unsafe: bool = False, cfg: CN | None = None) -> CN:
@@ -64,7 +87,7 @@ def read_config(path: str, opts: list, allow_unsafe: bool = False, cfg: CN | Non
         cfg: a config with a project's keys instead of Detectron2's; it is changed.
 
     Raises:
-        ValueError, KeyError, OSError: names the file or key.
+        ValueError, OSError: names the file or key.
     """
     cfg = get_cfg() if cfg is None else cfg
     add_agvm_config(cfg)
@@ -78,5 +101,10 @@ def read_config(path: str, opts: list, allow_unsafe: bool = False, cfg: CN | Non
         cfg.merge_from_list(opts)
     # An unknown key, a wrong type, a tag that does not fit its value, in the words of others.
     except (AssertionError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise naming_the_key(error) from None
+        raise naming_the_key(error, cfg) from None
+    except KeyError as error:  # of the file
+        raise ValueError(
+            f"--config-file: '{path}': {naming_the_key(error, cfg)} --import MODULE:FUNCTION adds "
+            "a project's own keys."
+        ) from None
     return cfg

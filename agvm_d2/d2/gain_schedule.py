@@ -66,13 +66,7 @@ class GainSchedule:
             agvm.restart()
         elif not resumed and not agvm.progress:
             raise ValueError(NO_PROGRESS)
-        start = agvm.modulator.start_iter
-        if start >= self._max_iter:
-            raise ValueError(
-                f"AGVM.SCHEDULE gain: AGVM.START_ITER is {start}, but SOLVER.MAX_ITER "
-                f"{self._max_iter}: nothing would be measured, and training not be shorter. Set "
-                "AGVM.START_ITER to -1 (from the first iteration on)."
-            )
+        agvm.settings.check_gain(agvm.batch_size, self._max_iter)
         self._hooks: list[Any] = list(getattr(self._trainer, "_hooks", ()))
         for other in self._hooks:
             if other is hook:

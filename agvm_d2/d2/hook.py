@@ -21,11 +21,14 @@ from ..modules import module_table
 from ..moments import CommHook
 from ..progress import foretell, signal_of
 from ..settings import Settings
+from ..validate import did_you_mean, is_int
 from .checks import check_detectron2
 from .gain_schedule import GainSchedule
 from .micro_batches import micro_batches as micro_batches_of
 
 logger = logging.getLogger("detectron2.agvm_d2")
+
+SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
 
 
 def noise_summary(measured: Sequence[tuple[int, float]], batch: int, iterations: int) -> str:
@@ -99,6 +102,9 @@ class AGVMHook(HookBase):
             ImportError: see `check_detectron2`.
         """
         check_detectron2()
+        for name in settings:
+            if name not in SETTINGS:
+                raise TypeError(f"AGVMHook: no argument '{name}'{did_you_mean(name, SETTINGS)}")
         self.agvm = AGVM(
             model,
             optimizer,
@@ -115,7 +121,7 @@ class AGVMHook(HookBase):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-        settings = {f.name: cfg.AGVM[f.name.upper()] for f in dataclasses.fields(Settings)}
+        settings = {name: cfg.AGVM[name.upper()] for name in SETTINGS}
         if settings["start_iter"] < 0 and settings["schedule"] != "gain":
             settings["start_iter"] = cfg.SOLVER.WARMUP_ITERS + 100
         return {
@@ -160,12 +166,27 @@ class AGVMHook(HookBase):
                 f"AGVM starts at iteration {modulator.start_iter}, but ends, or training does, at "
                 f"{end}: nothing will be measured. Set AGVM.START_ITER (start_iter) and STOP_ITER."
             )
-        batch_size = self.agvm.batch_size
-        raises = settings.rule == "gain" and settings.mode == "modulate"
-        if raises and batch_size and settings.base_batch_size >= batch_size:
+        batch_size, base = self.agvm.batch_size, settings.base_batch_size
+        # The base batch itself is what a plan is best made from.
+        too_small = batch_size and base >= batch_size + (settings.mode == "monitor")
+        if settings.rule == "gain" and too_small:
             logger.warning(
                 f"AGVM.RULE gain: a batch of {batch_size} images is not above "
-                "AGVM.BASE_BATCH_SIZE, so no learning rate will be raised."
+                f"AGVM.BASE_BATCH_SIZE, {base}, so no learning rate is raised. It is to be the "
+                "batch that the config works at."
+            )
+        self._compare_with_the_loader()
+
+    def _compare_with_the_loader(self) -> None:
+        trainer, batch_size = getattr(self, "trainer", None), self.agvm.batch_size
+        loader = getattr(getattr(trainer, "_trainer", trainer), "data_loader", None)
+        images = getattr(loader, "batch_size", None)  # of Detectron2's and torch's, one worker's
+        if batch_size and is_int(images) and images * comm.get_world_size() != batch_size:
+            logger.warning(
+                f"AGVM: the training loader gives {images} images to each of "
+                f"{comm.get_world_size()} workers, but SOLVER.IMS_PER_BATCH "
+                f"(AGVMHook(batch_size=)) is {batch_size}, by which the gain and the noise scale "
+                "are reckoned. Set it to what the loader gives."
             )
 
     def before_step(self) -> None:
@@ -224,7 +245,12 @@ class AGVMHook(HookBase):
 
     def after_train(self) -> None:
         self.agvm.detach()
-        batch_size = self.agvm.batch_size
+        agvm, batch_size = self.agvm, self.agvm.batch_size
+        if self._schedule is not None and agvm.done:
+            logger.info(
+                f"AGVM: training ends after {self.trainer.iter} iterations, worth "
+                f"{agvm.progress:.0f} of batch {agvm.settings.base_batch_size}."
+            )
         if self._noise and batch_size:
             end = getattr(self.trainer, "max_iter", None) or self._noise[-1][0] + 1
             logger.info(f"AGVM, monitored: {noise_summary(self._noise, batch_size, end)}")

@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait
@@ -18,12 +17,11 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch import multiprocessing as mp
 
-from .preemption import EXIT_CODE, Preempted, SignalCatcher, end_by
+from .preemption import EXIT_CODE, Preempted, SignalCatcher, end_by, leave_with_the_launcher
 from .rendezvous import Pulse, Worker, meet, restarts, training_timeout
 
 LAST_WORDS = {EXIT_CODE: 120.0}  # s, for the other workers, by the exit code of the first to end
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-ORPHAN = 120.0  # s, for a checkpoint when the launcher has been killed
 
 
 def worker_from_environment(args: Namespace, env: Mapping[str, str] = os.environ) -> Worker | None:
@@ -142,7 +140,7 @@ def launch(main: Callable, args: Namespace, worker: Worker | None) -> None:
             code is EXIT_CODE if a checkpoint was written.
     """
     if worker is not None:
-        _watch(os.getppid())
+        leave_with_the_launcher()
         _work(main, args, worker)
     elif args.num_gpus * args.num_machines == 1:
         _call(main, args)
@@ -183,21 +181,8 @@ def _work(main: Callable, args: Namespace, worker: Worker) -> None:
         dist.destroy_process_group()
 
 
-def _watch(parent: int) -> None:
-    """If the launcher is killed, train no longer than to a checkpoint."""
-
-    def wait_for_the_end() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(ORPHAN)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=wait_for_the_end, daemon=True).start()
-
-
-def _spawned(local_rank: int, main: Callable, args: Namespace, url: str, parent: int) -> None:
-    _watch(parent)
+def _spawned(local_rank: int, main: Callable, args: Namespace, url: str) -> None:
+    leave_with_the_launcher()
     with contextlib.suppress(KeyboardInterrupt):
         _join(local_rank, main, args, url)
         return
@@ -243,9 +228,7 @@ def _spawn(main: Callable, args: Namespace) -> None:
     signals.install()
     timer = None
     try:
-        context = mp.start_processes(
-            _spawned, (main, args, url, os.getpid()), nprocs=args.num_gpus, join=False
-        )
+        context = mp.start_processes(_spawned, (main, args, url), nprocs=args.num_gpus, join=False)
         if signals.signum:  # it came before all of them were there
             pass_on(signals.signum)
         running = list(context.processes)

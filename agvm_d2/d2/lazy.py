@@ -148,8 +148,15 @@ def micro_batches(cfg: DictConfig, num_workers: int) -> int:
     )
 
 
-def check_keys(cfg: DictConfig) -> None:
+def _key(name: str) -> str:
+    return f"agvm.{name}"
+
+
+def check_keys(cfg: DictConfig) -> Settings:
     """See that the keys of `agvm` and `train.clip_gradients` are ours, and agvm's values good.
+
+    Returns:
+        AGVM's settings.
 
     Raises:
         ValueError: names the key, what was found and what it must be.
@@ -166,7 +173,7 @@ def check_keys(cfg: DictConfig) -> None:
                     f"{key}.{name}: there is no such key; there are {', '.join(sorted(known))}"
                     f"{did_you_mean(str(name), known)}"
                 )
-    check_agvm(_as_dict(cfg.agvm), lambda name: f"agvm.{name}")
+    return check_agvm(_as_dict(cfg.agvm), _key)
 
 
 def check(cfg: DictConfig, num_workers: int, eval_only: bool = False) -> None:
@@ -181,7 +188,7 @@ def check(cfg: DictConfig, num_workers: int, eval_only: bool = False) -> None:
             raise ValueError(
                 f"The config has no '{key}': see the .py ones of agvm_d2.model_zoo{hint}."
             )
-    check_keys(cfg)
+    settings = check_keys(cfg)
     by_gain = cfg.agvm.get("schedule") == "gain"
     if cfg.agvm.get("enabled", True) and cfg.agvm.get("start_iter", -1) < 0 and not by_gain:
         raise ValueError(
@@ -204,6 +211,8 @@ def check(cfg: DictConfig, num_workers: int, eval_only: bool = False) -> None:
         ("dataloader.test.num_workers", 0),
     ):
         check_whole(key, OmegaConf.select(cfg, key, default=low), low)
+    if cfg.agvm.get("enabled", True):
+        settings.check_gain(cfg.dataloader.train.total_batch_size, train.max_iter, _key)
     if micro_batches(cfg, num_workers) > 1 and OmegaConf.select(cfg, "train.ddp.static_graph"):
         raise ValueError(STATIC_GRAPH)
     for key in ("on_nonfinite", "on_bad_image"):

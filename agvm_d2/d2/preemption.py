@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -35,6 +36,7 @@ AGAIN = 2.0  # s
 # gathering of results, which only its end breaks off.
 PATIENCE = timedelta(seconds=5)
 SAVING = timedelta(minutes=10)  # for the checkpoint that the main process writes
+ORPHAN = 120.0  # s, for a checkpoint when the launcher has been killed
 
 
 class Preempted(SystemExit):
@@ -90,6 +92,30 @@ def end_by(signum: int) -> None:
     os.kill(os.getpid(), signum)
 
 
+def launcher_pid() -> int | None:
+    """Of the process that started this worker, torch's spawn or torchrun; Slurm's ends its own."""
+    spawner = multiprocessing.parent_process()
+    if spawner is not None:
+        return spawner.pid
+    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+
+@functools.lru_cache(maxsize=1)
+def leave_with_the_launcher() -> None:
+    """If it is killed, train no longer than to a checkpoint."""
+    launcher = launcher_pid()
+
+    def wait() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ORPHAN)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if launcher is not None:
+        threading.Thread(target=wait, daemon=True).start()
+
+
 @functools.lru_cache(maxsize=1)
 def _cpu_group(world: Any) -> Any:
     """All workers, over gloo; apart from `world`, whose collectives have an order of their own."""
@@ -117,6 +143,7 @@ class PreemptionHook(HookBase):
         self._work, self._agreed = None, 0
         if comm.get_world_size() > 1:
             _cpu_group(dist.group.WORLD)  # all workers must come: not at the first signal
+            leave_with_the_launcher()  # also Detectron2's
         self._signals.signum = 0
         self._signals.install()
 

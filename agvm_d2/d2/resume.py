@@ -170,6 +170,11 @@ class ConfigRecord(HookBase):
                         "start anew from these weights, without --resume."
                     )
 
+    def after_train(self) -> None:
+        """Detectron2's default_setup writes config.yaml before a run that is refused here ends."""
+        if comm.is_main_process() and self._output_dir:
+            self._write_config()
+
     def release(self) -> None:
         """The folder is free for another run."""
         self._lock = None

@@ -91,6 +91,20 @@ class AGVMTrainerMixin(_Trainer):
     checkpointer: DetectionCheckpointer
     _record: ConfigRecord | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """
+        Raises:
+            TypeError: DefaultTrainer comes first, whose methods would hide these.
+        """
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if DefaultTrainer in order[: order.index(AGVMTrainerMixin)]:
+            raise TypeError(
+                f"class {cls.__name__}: AGVMTrainerMixin must come before "
+                f"{cls.__bases__[0].__name__}, or it does nothing: "
+                f"class {cls.__name__}(AGVMTrainerMixin, {cls.__bases__[0].__name__})."
+            )
+
     def __init__(self, cfg: CfgNode):
         """
         Raises:

@@ -131,6 +131,19 @@ def test_the_optimizers_options_hold(option, value, agvm, tmp_path, d2_log):
     assert held["SOLVER"][option] == value
 
 
+def test_config_yaml_is_the_runs_own_at_its_end(tmp_path):
+    """A project's script writes it before its run is refused here, and while another trains."""
+    path = tmp_path / "config.yaml"
+
+    class Trainer2(Trainer):
+        def after_step(self):
+            path.write_text("SEED: 99")
+            super().after_step()
+
+    train(tmp_path, 4, cls=Trainer2)
+    assert yaml.safe_load(path.read_text())["SOLVER"]["MAX_ITER"] == 20
+
+
 @pytest.mark.parametrize("agvm", [OFF, MICRO], ids=["off", "on"])
 def test_keys_that_make_other_param_groups(agvm, tmp_path):
     """Detectron2 puts parameters of equal options into one group."""

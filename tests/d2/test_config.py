@@ -21,6 +21,11 @@ def test_a_projects_own_optimizer_keys_are_kept():
     "opts, message",
     [
         (["AGVM.MODES", "monitor"], "config: Non-existent key: AGVM.MODES"),
+        (["AGVM.SHEDULE", "gain"], "AGVM.SHEDULE; did you mean AGVM.SCHEDULE"),
+        (
+            ["AGVM.MODULES", "((all, .),)"],
+            r"AGVM.MODULES: found .* In a shell: AGVM.MODULES \"\(\(",
+        ),
         (["AGVM.INTERVAL", "ten"], "AGVM.INTERVAL: found ten of type str, .*of type int"),
         (["SOLVER.CLIP_GRADIENTS", "3"], "SOLVER.CLIP_GRADIENTS: found 3 .*a group of keys"),
         (["AGVM.INTERVAL", "5", "--num-gpus", "2"], "--num-gpus: flags go before the KEY VALUE"),
@@ -30,6 +35,15 @@ def test_bad_options(opts, message, tmp_path):
     (tmp_path / "c.yaml").write_text("SEED: 1")
     with pytest.raises(ValueError, match=message):
         read_config(str(tmp_path / "c.yaml"), opts)
+
+
+def test_a_key_of_the_file_that_there_is_not(tmp_path):
+    (tmp_path / "c.yaml").write_text("MODEL: {ROI_HEADS: {SCORE_THRESH: 0.1}}")
+    with pytest.raises(ValueError) as error:
+        read_config(str(tmp_path / "c.yaml"), [])
+    said = str(error.value)
+    assert "c.yaml': config: Non-existent config key: MODEL.ROI_HEADS.SCORE_THRESH; did you" in said
+    assert "MODEL.ROI_HEADS.SCORE_THRESH_TEST" in said and said.endswith("a project's own keys.")
 
 
 def test_no_config_file():

@@ -458,8 +458,8 @@ def test_a_loop_of_the_projects_own(tmp_path):
     [
         ({"AGVM__RULE": "variance"}, "AGVM.SCHEDULE: found 'gain', but AGVM.RULE is 'variance'"),
         ({"SOLVER__MICRO_BATCH_SIZE": 0}, "AGVM.SCHEDULE gain: .* at least two gradients"),
-        ({"AGVM__BASE_BATCH_SIZE": 16}, "8 images is below AGVM.BASE_BATCH_SIZE 16"),
-        ({"AGVM__START_ITER": 40}, "AGVM.START_ITER is 40, but SOLVER.MAX_ITER 40"),
+        ({"AGVM__BASE_BATCH_SIZE": 16}, "8 images is below AGVM.BASE_BATCH_SIZE, 16"),
+        ({"AGVM__START_ITER": 40}, "AGVM.START_ITER is 40, but training has 40 iterations"),
         ({"AGVM__SCHEDULE": "epochs"}, "AGVM.SCHEDULE: found 'epochs'"),
     ],
 )

@@ -267,7 +267,7 @@ def test_bad_values_are_named(key, value, said):
 
 def test_there_is_no_other_setting():
     model = ToyDetector()
-    with pytest.raises(TypeError, match="intervall"):
+    with pytest.raises(TypeError, match="no argument 'intervall'; did you mean interval"):
         AGVMHook(model, sgd(model), intervall=3)
 
 
@@ -276,6 +276,7 @@ def test_there_is_no_other_setting():
     [
         ({"start_iter": 5, "stop_iter": 5}, "at 5: nothing will be measured"),
         ({"rule": "gain", "batch_size": 16}, "a batch of 16 images is not above AGVM.BASE_BATCH"),
+        ({"rule": "gain", "batch_size": 8, "mode": "monitor"}, "a batch of 8 images is not above"),
     ],
 )
 def test_settings_without_effect_are_named(d2_log, options, message):
@@ -286,6 +287,17 @@ def test_settings_without_effect_are_named(d2_log, options, message):
     assert "nothing will be measured" not in d2_log.text and "is not above" not in d2_log.text
     make_hook(model, sgd(model), **options)
     assert message in d2_log.text
+
+
+@pytest.mark.parametrize("images, said", [(4, False), (3, True), (None, False)])
+def test_a_loader_with_another_batch_is_named(d2_log, images, said):
+    model = ToyDetector()
+    hook = AGVMHook(model, sgd(model), micro_batches=2, batch_size=4)
+    loader = SimpleNamespace(batch_size=images)  # a loader of one's own may not have it
+    hook.trainer = SimpleNamespace(_trainer=SimpleNamespace(data_loader=loader), max_iter=9)
+    hook.trainer._trainer.register_hooks = list
+    hook.before_train()
+    assert ("the training loader gives 3 images to each of 1 workers" in d2_log.text) == said
 
 
 def test_a_loop_without_a_trainer_follows_progress_itself():

@@ -135,7 +135,10 @@ def test_errors_name_what_is_wrong_and_what_to_do(project, tmp_path):
     assert said.startswith("agvm_d2.modules: error: --config-file: 'no.yaml' is not a file, nor is")
     assert "--config-file: 'no.py' is not a file" in error("--config-file", "no.py")
     said = error("--config-file", project)
-    assert "Non-existent config key: MODEL.WIDTH (--import MODULE:FUNCTION adds" in said
+    assert (
+        "config: Non-existent config key: MODEL.WIDTH; did you mean MODEL.WEIGHTS? --import MODULE:"
+        in said
+    )
     other = write(tmp_path / "other.yaml", "MODEL:\n  META_ARCHITECTURE: Other\n")
     said = error("--config-file", other)
     assert "'Other' found in 'META_ARCH' registry" in said and "(--import MODULE registers" in said

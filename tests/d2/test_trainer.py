@@ -211,6 +211,19 @@ def test_a_default_trainer_by_the_mixin_alone(tmp_path):
     assert (agvm_hook(mixed).modulator.factors[1:] != 1).all()
 
 
+def test_the_mixin_behind_the_trainer_is_refused():
+    with pytest.raises(TypeError, match=r"class Trainer\(AGVMTrainerMixin, DefaultTrainer\)"):
+
+        class Trainer(DefaultTrainer, AGVMTrainerMixin):
+            pass
+
+    class Part(AGVMTrainerMixin):  # itself to be mixed in
+        pass
+
+    class Whole(Part, DefaultTrainer):
+        pass
+
+
 def test_a_projects_own_optimizer_is_kept_and_split(tmp_path):
     class Theirs(DefaultTrainer):
         build_model = ToyTrainer.__dict__["build_model"]

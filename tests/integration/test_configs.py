@@ -13,6 +13,7 @@ from helpers import ROOT
 from agvm_d2 import add_agvm_config, build_optimizer
 from agvm_d2.d2 import lazy
 from agvm_d2.d2.checks import check_config
+from agvm_d2.d2.config import read_config
 from agvm_d2.modules import assign_modules, unwrap
 from agvm_d2.solver import build_lr_scheduler, split_param_groups
 
@@ -50,7 +51,22 @@ def check_arithmetic(path, dataset, batch, iterations, enabled):
     if epochs:  # the demo's are not whole
         images = IMAGES[re.split("[_/]", dataset)[0]]
         assert iterations == pytest.approx(int(epochs) * images / batch, rel=0.01)
-    assert path.endswith(("_agvm.yaml", "_agvm.py")) == enabled
+    assert path.endswith(("_agvm.yaml", "_agvm.py", "_gain.yaml")) == enabled
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if "_gain" in p])
+def test_by_the_gain_a_config_is_its_base_with_another_batch(path):
+    path = os.path.join(ROOT, path)
+    cfg = read_config(path, ["MODEL.DEVICE", "cpu"])
+    with open(path) as f:
+        base = re.search('_BASE_: "(.*)"', f.read()).group(1)
+    base = read_config(os.path.join(os.path.dirname(path), base), [])
+    changed = {key for key in cfg.SOLVER if cfg.SOLVER[key] != base.SOLVER[key]}
+    assert changed <= {"IMS_PER_BATCH", "MICRO_BATCH_SIZE", "CHECKPOINT_PERIOD"}
+    agvm = cfg.AGVM
+    assert (agvm.RULE, agvm.SCHEDULE, agvm.START_ITER) == ("gain", "gain", -1)
+    assert agvm.BASE_BATCH_SIZE == base.SOLVER.IMS_PER_BATCH < cfg.SOLVER.IMS_PER_BATCH
+    check_config(cfg, 1)
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if "_megdet" in p])
@@ -122,6 +138,7 @@ def test_yaml_configs(path):
     if cfg.AGVM.ENABLED:
         assert all(len(modules) <= 1 for modules in groups)
         start = cfg.AGVM.START_ITER
+    if cfg.AGVM.ENABLED and cfg.AGVM.SCHEDULE != "gain":
         assert solver.WARMUP_ITERS < start < 0.5 * solver.MAX_ITER  # something is left to do
         window = solver.CLIP_GRADIENTS.ITER_RANGE
         # The official code's includes the iteration at which AGVM starts.

@@ -11,7 +11,7 @@ from agvm_d2.d2.config import read_config
 TWINS = sorted(
     path
     for path in glob.glob(os.path.join(CONFIGS, "Digits-*", "*"))
-    if path.endswith(("_agvm.yaml", "_agvm.py"))
+    if path.endswith(("_agvm.yaml", "_agvm.py", "_gain.yaml"))
 )
 FAST = "semantic_fpn"  # the fastest: in `make test` too
 DEMO = {DIGITS: ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 32.2, 4.0]]"]}  # README's
