@@ -175,6 +175,11 @@ class AGVM:
                 "optimizer's step outside of the graph."
             )
         self.attach()
+        if self._iteration < 0 and self.settings.by_gain and not self.follows:
+            logger.warning(
+                "AGVM.SCHEDULE gain: no LR scheduler follows progress, see AGVM.follow(scheduler). "
+                "Without one the learning rate is to be set from AGVM.progress."
+            )
         self._iteration, self._depth, self.measured = iteration, 0, False
         self._weights.clear()
         self._progress.begin()

@@ -602,6 +602,18 @@ def test_a_loop_with_other_micro_batches_than_said_fails_at_once(
         optimizer.step()
 
 
+@pytest.mark.parametrize("follows", [True, False])
+def test_a_schedule_that_nothing_follows_is_said(follows, d2_log):
+    model = ToyDetector()
+    optimizer = sgd(model)
+    agvm = make(model, optimizer, **GAIN)
+    if follows:
+        agvm.follow(LambdaLR(optimizer, lambda position: 1.0))
+    for iteration in range(2):
+        step(agvm, model, optimizer, iteration)
+    assert d2_log.text.count("no LR scheduler follows progress") == (not follows)
+
+
 def test_an_iteration_that_has_not_begun():
     model = ToyDetector()
     with pytest.raises(RuntimeError, match=r"without begin\(iteration\)"):

@@ -10,7 +10,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import default_setup
+from torch import nn
 
 from agvm_d2 import AGVMHook
 from agvm_d2.d2.checks import check_config
@@ -19,11 +21,10 @@ from benchmarks.study import run as study
 from .curvature import AT, IMAGES, Curvature
 from .hooks import Curves, KeepDecay, LeastGain, Profile
 from .scenes import NUM_TRAIN
-from .setting import ARMS, BASE, PIPELINES, ROOT, UNIT, Run, config, weights_hash
+from .setting import ARMS, BASE, PARTS, PIPELINES, ROOT, UNIT, Run, config, weights_hash
 from .trainer import Trainer, mapper
 
 RESULTS = ROOT / "benchmarks/results/any_batch.jsonl"
-PARTS = ("PQ_th", "PQ_st")  # of PQ: things and stuff
 
 
 def train(run: Run, folder: Path) -> dict:
@@ -58,13 +59,14 @@ def train(run: Run, folder: Path) -> dict:
     trainer.register_hooks([curves])
     trainer.resume_or_load(resume=True)  # of a run that was stopped
     task, metric, _ = PIPELINES[run.pipeline]
-    accuracy, diverged, parts = 0.0, None, {}
+    accuracy, diverged, parts, seen = 0.0, None, {}, {}
     try:
         trainer.train()
         if cfg.DATASETS.TEST:
             found = trainer._last_eval_results[task]
             accuracy = _rounded(found[metric])
-            parts = {name: _rounded(found[name]) for name in PARTS if name in found}
+            parts = _parts(found)
+            seen = _parts(evaluate_seen(cfg, trainer.model)[task]) if parts else {}
     except FloatingPointError:
         diverged = trainer.iter
     done = trainer.iter
@@ -73,6 +75,7 @@ def train(run: Run, folder: Path) -> dict:
         "metric": f"{task} {metric}",
         "accuracy": accuracy,
         "parts": parts,
+        "seen_parts": seen,
         "diverged_at": diverged,
         "took": done,
         "images": done * run.batch,
@@ -84,6 +87,18 @@ def train(run: Run, folder: Path) -> dict:
         "machine": f"{study.cpu()}, 1 thread",
         "weights_hash": weights_hash(),
     }
+
+
+def evaluate_seen(cfg: CfgNode, model: nn.Module) -> dict:
+    """As at the end of training, on new images of the glyphs and photographs of training."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TEST = tuple(n.replace("scenes_", "scenes_seen_") for n in cfg.DATASETS.TEST)
+    return Trainer.test(cfg, model)
+
+
+def _parts(found: dict[str, float]) -> dict[str, float]:
+    return {name: _rounded(found[name]) for name in PARTS if name in found}
 
 
 def _rounded(value: float) -> float:

@@ -2,6 +2,8 @@
 
 `scenes_train` has records without files, one for each image that a run can ask for; `Scenes` draws
 them. `scenes_val` is 500 images on disk. They share neither glyphs nor parts of photographs.
+`scenes_seen_val` is 500 more of the glyphs and parts that training sees: what a model has learnt,
+where `scenes_val` asks what it has understood.
 """
 
 from __future__ import annotations
@@ -52,14 +54,9 @@ def sources(train: bool) -> digits.Sources:
     return digits.Sources(photos, samples)
 
 
-def root() -> str:
-    return str(ROOT / "output/scenes_v1")
-
-
-def fill(folder: str) -> None:
-    digits.write_split(
-        folder, "val", NUM_VAL, sources(False), np.random.default_rng(1), GROUNDS, SIZE
-    )
+def write(folder: str, train: bool) -> None:
+    rng = np.random.default_rng(2 if train else 1)
+    digits.write_split(folder, "val", NUM_VAL, sources(train), rng, GROUNDS, SIZE)
 
 
 class Scenes:
@@ -96,7 +93,15 @@ class Scenes:
 
 
 def register() -> None:
-    digits.register("scenes", ["val"], root, lambda f: digits.make_whole(f, fill), GROUNDS)
+    for name, train in (("scenes", False), ("scenes_seen", True)):
+        fill = functools.partial(write, train=train)
+        digits.register(
+            name,
+            ["val"],
+            functools.partial(str, ROOT / f"output/{name}_v1"),
+            lambda folder, fill=fill: digits.make_whole(folder, fill),
+            GROUNDS,
+        )
     for form in ("", "_panoptic"):
         name = f"scenes_train{form}"
         DatasetCatalog.register(

@@ -179,6 +179,7 @@ PIPELINES = {
         DATASETS.TEST ('scenes_val_panoptic',)""",
     ),
 }
+PARTS = ("PQ_th", "PQ_st")  # of PQ: things and stuff
 SETTING = """
     MODEL.BACKBONE.NAME build_mobilenet_v2_fpn_backbone INPUT.FORMAT RGB
     MODEL.PIXEL_MEAN [123.675,116.28,103.53] MODEL.PIXEL_STD [58.395,57.12,57.375]

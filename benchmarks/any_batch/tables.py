@@ -10,7 +10,7 @@ from agvm_d2.plan import Measured, predict
 from agvm_d2.variance import gain_of
 
 from .curvature import MODEL
-from .setting import ARMS, BASE, ITERATIONS, ROOT, Run
+from .setting import ARMS, BASE, ITERATIONS, PARTS, ROOT, Run
 
 DOCUMENT = ROOT / "docs/evidence-tables.md"
 BEGIN, END = "<!-- from python -m benchmarks.any_batch tables -->\n", "<!-- end of any_batch -->\n"
@@ -149,16 +149,20 @@ def which_gain(cells: Cells) -> str:
 
 
 def in_parts(cells: Cells) -> str:
-    """PQ of things and of stuff."""
+    """PQ of things and of stuff, and both on images of the glyphs and photographs of training."""
     lines = []
     for run, rows in sorted(cells.items(), key=lambda cell: (cell[0].batch, cell[0].arm)):
-        parts = [row["parts"] for row in rows if row.get("parts")]
-        if parts:
-            values = [spread([part[name] for part in parts]) for name in ("PQ_th", "PQ_st")]
-            lines.append(
-                [str(run.batch), ARMS[run.arm].label, f"{run.lr:g}", *values, str(len(parts))]
-            )
-    return table(["batch", "method", "LR", "PQ, things", "PQ, stuff", "seeds"], lines)
+        if not any(row.get("parts") for row in rows):
+            continue
+        line = [str(run.batch), ARMS[run.arm].label, f"{run.lr:g}"]
+        for key in ("parts", "seen_parts"):
+            found = [row[key] for row in rows if row.get(key)]
+            for part in PARTS:
+                values = [parts[part] for parts in found]
+                line.append(f"{spread(values)} ({len(values)})" if values else "–")
+        lines.append(line)
+    head = ["batch", "method", "LR", "things (seeds)", "stuff (seeds)"]
+    return table([*head, "things, seen", "stuff, seen"], lines)
 
 
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of training, in progress
@@ -260,6 +264,8 @@ def report(rows: Rows) -> str:
             "the learning rate of SGD's that did best there.\n",
             all_runs(cells),
             "\n### Panoptic FPN in parts\n",
+            "PQ, and on new images of the glyphs and parts of photographs that training sees. "
+            "Of runs since this is measured.\n",
             in_parts(cells),
             "\n### The plan against the runs\n",
             plan_against_runs(cells),

@@ -237,6 +237,7 @@ def test_the_tables_by_hand(tmp_path):
         gain._replace(seed=2): row(gain._replace(seed=2), 47.0, 1500),
     }
     rows[base]["parts"] = {"PQ_th": 30.0, "PQ_st": 50.04}  # as Panoptic FPN's
+    rows[base]["seen_parts"] = {"PQ_th": 31.0, "PQ_st": 80.0}
     rows[base]["curvature"] = {"1000": {"backbone": 4.0, "rpn": 2.0}}
     rows[base]["noise_curvature"] = {"1000": {"backbone": 1.0, "rpn": -1.0}}
     rows[base]["curves"] |= {"noise_scale/backbone": [128.0] * 3, "noise_scale/rpn": [64.0] * 3}
@@ -252,7 +253,7 @@ def test_the_tables_by_hand(tmp_path):
     assert "| SGD | 0.04 | 3000 | 1.00 | 1.0 | 40.0 (1) | 87 % |" in text
     # (1 + 96/32)/(1 + 96/128) = 16/7; 45 (16/7 - 1) of progress is missing at the start.
     assert f"| 0.02 | {round((3000 + 45 * 9 / 7) * 7 / 16)}" in text.split("plan / took")[1]
-    assert "| 32 | SGD | 0.02 | 30.0 | 50.0 | 1 |" in text
+    assert "| 32 | SGD | 0.02 | 30.0 (1) | 50.0 (1) | 31.0 (1) | 80.0 (1) |" in text
     # Noise scales 64 and 128: best 1/(c (1 + B/256)), the gain (1 + B/32)/(1 + B/256), and AGVM
     # sqrt((256 + 2 B)/2 B), each over the backbone's.
     best, gained, agvm = (4 / 2) * (1.5 / 1.25), (3 / 1.25) / (5 / 1.5), (3 / 2) ** 0.5
