@@ -52,14 +52,16 @@ GRID: list[Run] = [
     *rivals("muon", 0.01),
     *rivals("sam", 2 * LR),
     Run("panoptic_fpn", "sgd", 128, 4 * LR, 1, 1324),
+    *(Run("panoptic_fpn", "whole", 128, LR, seed) for seed in SEEDS),
+    *(Run("panoptic_fpn", "gain_least", 128, LR, seed) for seed in SEEDS[1:]),
     *rivals("lamb", 0.004),
     *rivals("adamw", 0.001),
     *rivals("adamw_scaled", 0.001),
-    *rivals("muon", 0.02),
+    *rivals("muon", 0.002),
     Run("panoptic_fpn", "gain", 256, LR, 1),
     *rivals("lamb", 0.008),
     *rivals("sam", LR),
-    *rivals("muon", 0.005),
+    *rivals("muon", 0.001),
     *rivals("lamb", 0.002),
     *(
         Run("panoptic_fpn", "gain", batch, LR, seed)
