@@ -132,4 +132,7 @@ def test_a_user_sees_one_line_and_an_exit_code(tmp_path):
         "device. To run on a CPU, add to the command: MODEL.DEVICE cpu\n"
     )
     out = command("--config-file", DIGITS, "AGVM.MODES", "on", ok=False)
-    assert out == "train_net.py: error: config: Non-existent key: AGVM.MODES\n"
+    assert out == (
+        "train_net.py: error: config: Non-existent key: AGVM.MODES; did you mean AGVM.MODE or "
+        "AGVM.MODULES?\n"
+    )
