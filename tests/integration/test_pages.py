@@ -12,6 +12,7 @@ MEANT = {  # what stands for a reader's own
     "...": DIGITS,
     "CONFIG": DIGITS,
     "STOCK.py": VITDET,
+    "CONFIG.py": VITDET,
     "OUTPUT_DIR": "output/demo",
     "NAME...": "digits_val",
 }
