@@ -178,7 +178,10 @@ def at_equal_progress(cells: Cells) -> str:
     """Losses of runs by the gain over those of the base batch with the same learning rate, by the
     same optimizer, where as much progress is made: 1 or less where the clock is not too fast."""
     lines = []
-    kept = {run: [row for row in rows if "loss" in row["curves"]] for run, rows in cells.items()}
+    kept = {
+        run: [r for r in rows if "loss" in r["curves"] and r.get("diverged_at") is None]
+        for run, rows in cells.items()
+    }
     for run, rows in sorted(kept.items()):
         base = "adamw" if run.arm.endswith("adamw") else "sgd"
         base_rows = kept.get(run._replace(arm=base, batch=BASE))
