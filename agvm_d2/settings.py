@@ -42,6 +42,11 @@ def _option(default: Any, allowed: Allowed) -> Any:
     return dataclasses.field(default=default, metadata={"allowed": allowed})
 
 
+def yacs_key(name: str) -> str:
+    """What a yacs config, and so a message, calls the option."""
+    return f"AGVM.{name.upper()}"
+
+
 def averaging(rule: str, interval: int = -1, momentum: float = -1.0) -> tuple[int, float]:
     """Interval and momentum, each the rule's own where it is -1."""
     own = AVERAGING_OF_GAIN if rule == "gain" else AVERAGING
@@ -75,7 +80,7 @@ class Settings:
         object.__setattr__(self, "interval", interval)  # it is frozen
         object.__setattr__(self, "momentum", momentum)
 
-    def check(self, key: Callable[[str], str] = lambda name: f"AGVM.{name.upper()}") -> Settings:
+    def check(self, key: Callable[[str], str] = yacs_key) -> Settings:
         """These settings, if they are good.
 
         Args:
@@ -108,7 +113,7 @@ class Settings:
         self,
         batch_size: int | None,
         max_iter: int | None = None,
-        key: Callable[[str], str] = lambda name: f"AGVM.{name.upper()}",
+        key: Callable[[str], str] = yacs_key,
     ) -> None:
         """See that training by the gain can be shorter than that of the base batch.
 

@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, GeneralizedRCNN
 
-from ..settings import Settings
+from ..settings import Settings, yacs_key
 from ..solver.build import OPTIMIZERS
 from ..solver.clip import CLIP, check_clip, clip_key
 from ..validate import INSTALL_DETECTRON2, holds, is_int, is_number, one_of, require
@@ -72,8 +72,7 @@ def check_agvm_of(cfg: CN) -> Settings:
     Raises:
         ValueError: names the key, what was found and what it must be.
     """
-    values = {k.lower(): v for k, v in cfg.AGVM.items()}
-    return check_agvm(values, lambda name: f"AGVM.{name.upper()}")
+    return check_agvm({k.lower(): v for k, v in cfg.AGVM.items()}, yacs_key)
 
 
 # key -> (what holds of a good value, in words).
