@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 import difflib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 INSTALL_DETECTRON2 = (
@@ -42,6 +42,18 @@ def holds(condition: Callable[[Any], Any], value: Any) -> bool:
 def message(error: BaseException) -> str:
     """What an exception says; a KeyError would put it in quotes."""
     return str(error.args[0] if len(error.args) == 1 else error)
+
+
+def nested_keys(values: dict[Any, Any], prefix: str = "") -> Iterator[str]:
+    """Of a config, also those of groups.
+
+    >>> list(nested_keys({"train": {"seed": 1}}))
+    ['train', 'train.seed']
+    """
+    for name, value in values.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from nested_keys(value, f"{prefix}{name}.")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 import dataclasses
 import re
-from collections.abc import Iterator
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
 from .. import model_zoo
 from ..settings import Settings
-from ..validate import did_you_mean, message
+from ..validate import did_you_mean, message, nested_keys
 from .yaml_files import check_yaml
 
 
@@ -60,7 +59,7 @@ def naming_the_key(error: Exception, cfg: CN) -> ValueError:
     unknown = UNKNOWN.search(str(error))
     if unknown:
         found = message(error).rstrip(".")
-        return ValueError(f"config: {found}{did_you_mean(unknown.group(1), _keys(cfg))}")
+        return ValueError(f"config: {found}{did_you_mean(unknown.group(1), nested_keys(cfg))}")
     mismatch = TYPE_MISMATCH.search(str(error))
     if not mismatch:
         return ValueError(f"config: {message(error)}")
@@ -68,14 +67,6 @@ def naming_the_key(error: Exception, cfg: CN) -> ValueError:
     wanted = "a group of keys" if wanted.endswith("CfgNode") else f"of type {wanted}"
     hint = QUOTES if key == "AGVM.MODULES" else ""
     return ValueError(f"{key}: found {value} of type {found}, but it must be {wanted}.{hint}")
-
-
-def _keys(cfg: CN, prefix: str = "") -> Iterator[str]:
-    for name, value in cfg.items():
-        if isinstance(value, CN):
-            yield from _keys(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
 
 
 def read_config(path: str, opts: list, allow_unsafe: bool = False, cfg: CN | None = None) -> CN:

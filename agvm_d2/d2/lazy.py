@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, cast
 import torch
 from detectron2.config import CfgNode, LazyConfig, instantiate
@@ -38,7 +38,7 @@ from ..settings import Settings
 from ..shards import is_sharded
 from ..solver.build import prepare
 from ..solver.clip import CLIP, check_clip, clip_gradients, skip_nonfinite_steps
-from ..validate import did_you_mean, is_number, one_of
+from ..validate import did_you_mean, is_number, nested_keys, one_of
 from .agreement import AgreementHook, check_agreement, code, flat
 from .checkpoint import AtomicCheckpointer
 from .checks import STOP_OR_SKIP, check_agvm, check_amp, check_device, check_whole
@@ -102,7 +102,7 @@ def load(path: str, overrides: list[str]) -> DictConfig:
         free = parent in ("agvm", "train.fsdp") or (parent == "train" and name in TRAIN_KEYS)
         fits = OmegaConf.is_dict(node) and (name in node or "_target_" in node or free)
         if not fits:
-            known = [*_keys(_as_dict(cfg)), *(f"train.{name}" for name in TRAIN_KEYS)]
+            known = [*nested_keys(_as_dict(cfg)), *(f"train.{name}" for name in TRAIN_KEYS)]
             raise ValueError(
                 f"config: the override '{override}' does not fit: {path} has no key '{key}'"
                 f"{did_you_mean(key, known)}"
@@ -118,13 +118,6 @@ def load(path: str, overrides: list[str]) -> DictConfig:
     if name == "COCOEvaluator" and evaluator.get("output_dir") is None:
         evaluator.output_dir = "${train.output_dir}/inference"  # or it takes COCO files only
     return cfg
-
-
-def _keys(values: dict[Any, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in values.items():
-        yield f"{prefix}{name}"
-        if isinstance(value, dict):
-            yield from _keys(value, f"{prefix}{name}.")
 
 
 def _fill_start_iter(cfg: DictConfig) -> None:
@@ -189,8 +182,8 @@ def check(cfg: DictConfig, num_workers: int, eval_only: bool = False) -> None:
                 f"The config has no '{key}': see the .py ones of agvm_d2.model_zoo{hint}."
             )
     settings = check_keys(cfg)
-    by_gain = cfg.agvm.get("schedule") == "gain"
-    if cfg.agvm.get("enabled", True) and cfg.agvm.get("start_iter", -1) < 0 and not by_gain:
+    enabled = cfg.agvm.get("enabled", True)
+    if enabled and settings.start_iter < 0 and settings.schedule != "gain":
         raise ValueError(
             "agvm.start_iter: a LazyConfig must name the iteration: the end of warm-up, or later."
         )
@@ -211,7 +204,7 @@ def check(cfg: DictConfig, num_workers: int, eval_only: bool = False) -> None:
         ("dataloader.test.num_workers", 0),
     ):
         check_whole(key, OmegaConf.select(cfg, key, default=low), low)
-    if cfg.agvm.get("enabled", True):
+    if enabled:
         settings.check_gain(cfg.dataloader.train.total_batch_size, train.max_iter, _key)
     if micro_batches(cfg, num_workers) > 1 and OmegaConf.select(cfg, "train.ddp.static_graph"):
         raise ValueError(STATIC_GRAPH)
