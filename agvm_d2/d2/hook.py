@@ -144,6 +144,7 @@ class AGVMHook(HookBase):
         if not agvm.attach():
             return
         self._warn_of_no_effect()
+        self._compare_with_the_loader()
         # DefaultTrainer's inner trainer calls after_backward, on hooks of its own.
         inner = getattr(self.trainer, "_trainer", None)
         if inner is not None and inner is not self._heard_by:  # train() may be called again
@@ -175,7 +176,6 @@ class AGVMHook(HookBase):
                 f"AGVM.BASE_BATCH_SIZE, {base}, so no learning rate is raised. It is to be the "
                 "batch that the config works at."
             )
-        self._compare_with_the_loader()
 
     def _compare_with_the_loader(self) -> None:
         trainer, batch_size = getattr(self, "trainer", None), self.agvm.batch_size
