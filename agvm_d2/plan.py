@@ -89,20 +89,22 @@ def read_run(output_dir: str, base: int | None = None) -> Measured:
             "two workers or micro-batches; AGVMHook needs its batch_size."
         )
     progress = dict(zip(*series.get("agvm/progress", ((), ())), strict=True))
+    if not progress:
+        raise ValueError(f"{output_dir} has no agvm/progress: it is a run of version 0.1.")
+    reached = {i: progress[i] if follows else i for i in progress}
+    last = max(reached.values())
+    if last > LONGER * max_iter:
+        raise ValueError(
+            f"{output_dir}: its metrics.json goes to iteration {last:.0f}, but config.yaml has "
+            f"SOLVER.MAX_ITER (train.max_iter) {max_iter}: it holds several runs. Give the folder "
+            "of one."
+        )
     noise = {}
     for name in modules_of(series, "noise_scale"):
         images = dict(zip(*series[f"agvm/noise_scale/{name}"], strict=True))
         # Measured, but without a noise scale: the gradient was drowned by it.
-        points = sorted((progress[i] if follows else i, images.get(i, np.inf)) for i in progress)
-        if not points:
-            raise ValueError(f"{output_dir} has no agvm/progress: it is a run of version 0.1.")
+        points = sorted((place, images.get(i, np.inf)) for i, place in reached.items())
         share, scale = np.array(points).T
-        if share[-1] > LONGER * max_iter:
-            raise ValueError(
-                f"{output_dir}: its metrics.json goes to iteration {share[-1]:.0f}, but "
-                f"config.yaml has SOLVER.MAX_ITER (train.max_iter) {max_iter}: it holds several "
-                "runs. Give the folder of one."
-            )
         noise[name] = (share / max_iter, np.where(np.isnan(scale), np.inf, scale))
     own_averaging = AVERAGING_OF_GAIN
     if value("AGVM.RULE", "agvm.rule") == "gain":
