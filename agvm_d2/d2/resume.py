@@ -171,7 +171,8 @@ class ConfigRecord(HookBase):
                     )
 
     def after_train(self) -> None:
-        """Detectron2's default_setup writes config.yaml before a run that is refused here ends."""
+        """Write config.yaml again: default_setup of a run that was refused in this folder, or only
+        evaluated, may have overwritten it."""
         if comm.is_main_process() and self._output_dir:
             self._write_config()
 
