@@ -67,15 +67,18 @@ class SignalCatcher:
     def install(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows it nowhere else
+        _tell_children()
         for signum in SIGNALS:
             if signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler):
                 self._before[signum] = signal.signal(signum, self._handle)
+        _installed.add(self)
 
     def restore(self, ignore: bool = False) -> None:
         """What was there before; or, in a process that is about to end, nothing."""
         for signum, before in self._before.items():
             signal.signal(signum, signal.SIG_IGN if ignore else before)
         self._before.clear()
+        _installed.discard(self)
 
     def _handle(self, signum: int, frame: object) -> None:
         now = time.monotonic()
@@ -84,6 +87,30 @@ class SignalCatcher:
             end_by(signum)
         self.signum = self.signum or signum
         self._on_signal(signum)
+
+
+_installed: set[SignalCatcher] = set()
+
+
+@functools.lru_cache(maxsize=1)
+def _tell_children() -> None:
+    """A child that this process forks, such as a multiprocessing.Pool's in a panoptic evaluation,
+    has none of our handlers: its SIGTERM must end it. Signals wait until that is so, since Python
+    forgets those that come to a child before."""
+    masks = threading.local()
+
+    def block() -> None:
+        masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.before)
+
+    def restore() -> None:
+        for catcher in [*_installed]:
+            catcher.restore()
+        unblock()
+
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=restore)
 
 
 def end_by(signum: int) -> None:

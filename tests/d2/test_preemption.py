@@ -312,6 +312,43 @@ def test_what_others_do_with_a_signal_stays():
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def wait_for(pid, seconds=10.0):
+    """Its status, once it has ended."""
+    for _ in range(int(seconds / 0.01)):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise AssertionError("the signal has not ended it")
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.1])
+def test_a_forked_childs_sigterm_ends_it(wait):
+    """As multiprocessing.Pool ends its workers, which wait for a lock; also before it has begun."""
+    catcher, lock = SignalCatcher(lambda signum: None), multiprocessing.Lock()
+    catcher.install()
+    lock.acquire()
+    try:
+        for _ in range(20 if not wait else 2):
+            child = os.fork()
+            if child == 0:
+                try:
+                    lock.acquire()
+                finally:
+                    os._exit(1)
+            time.sleep(wait)
+            os.kill(child, signal.SIGTERM)
+            assert os.WTERMSIG(wait_for(child)) == signal.SIGTERM
+        assert not catcher.signum
+        send(signal.SIGTERM)  # here the handler stays
+        assert catcher.signum == signal.SIGTERM
+    finally:
+        catcher.restore()
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
 def test_a_loaders_processes_leave_signals_to_the_trainer():
     others = set(multiprocessing.active_children())
     loader = ResumableLoader(
