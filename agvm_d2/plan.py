@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 import matplotlib.pyplot as plt  # plot.py has chosen the backend
@@ -114,7 +115,7 @@ def read_run(output_dir: str, base: int | None = None) -> Measured:
 
 
 def coverage(measured: Measured) -> str:
-    """Which part of training was measured, in words."""
+    """Which part of training was measured, and which module is the slowest, in words."""
     share, _ = measured.noise["model"]
     first, last = 100 * share[0], 100 * share[-1]
     text = f"Measured from {first:.0f} to {last:.0f} % of training, and taken to stay so outside."
@@ -123,7 +124,15 @@ def coverage(measured: Measured) -> str:
             " That is little: the noise scale changes while training, most of all at the drops of "
             "the learning rate. Let the run go to its end, with AGVM.START_ITER 0."
         )
-    return text
+    modules = _of_modules(measured)
+    least = np.argmin(list(modules.values()), axis=0)  # of noise, and so of gain
+    name, times = Counter(np.array(list(modules))[least].tolist()).most_common(1)[0]
+    return text + f" The smallest gain counts: {100 * times / len(least):.0f} % of it {name}'s."
+
+
+def _of_modules(measured: Measured) -> dict[str, np.ndarray]:
+    """Noise scales, all measured at the same shares of training."""
+    return {name: images for name, (_, images) in measured.noise.items() if name != "model"}
 
 
 def predict(measured: Measured, batch: int) -> Row:
@@ -135,8 +144,9 @@ def predict(measured: Measured, batch: int) -> Row:
     """
     if batch < measured.base:
         raise ValueError(f"--batches: {batch} is below the base batch, {measured.base} images.")
-    share, noise = measured.noise["model"]
-    signal = list(zip(share.tolist(), map(signal_of, noise.tolist()), strict=True))
+    share, _ = measured.noise["model"]
+    modules = zip(*_of_modules(measured).values(), strict=True)
+    signal = list(zip(share.tolist(), map(signal_of, modules), strict=True))
     iterations = foretell(signal, measured.base, batch, measured.iterations, measured.averaging)
     return Row(batch, iterations, iterations * batch)
 

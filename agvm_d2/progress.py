@@ -4,7 +4,7 @@ from __future__ import annotations
 import bisect
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 import torch
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 class Progress:
     """AdaScale's scale-invariant iterations (Johnson et al. 2020, arXiv 2007.05105): a step counts
-    as many steps of the base batch as its gain, from 1 to the ratio of the batches.
+    as many steps of the base batch as its gain, from 1 to the ratio of the batches. Each module has
+    a gain; the smallest counts, so that no module makes less way than at the base batch.
 
     >>> from agvm_d2.moments import pairwise_moments
     >>> progress = Progress(modules=1, base_share=1 / 4, momentum=0.5)
@@ -41,6 +42,7 @@ class Progress:
         self.base_share, self.momentum, self.max_iter = base_share, momentum, max_iter
         # Of each module, and of the whole model; as the learning rates, from 1 on.
         self.gains = torch.ones(modules + 1, dtype=torch.float64)
+        self.silent = torch.zeros(modules, dtype=torch.bool)  # had no gradient when last measured
         self.iterations = 0.0  # made
         self.possible = 0.0  # with each step's learning rates times its gain
         self.schedulers: list[Any] = []  # those that follow it
@@ -48,14 +50,16 @@ class Progress:
 
     @property
     def gain(self) -> float:
-        """Of the whole model: what one step counts."""
-        return self.gains[-1].item()
+        """What one step counts: the smallest module's, of those that have a gradient."""
+        found = self.gains[:-1][~self.silent]
+        return found.min().item() if len(found) else 1.0
 
     def update(self, moments: Moments) -> None:
         """Take a measurement in. What is not finite in it changes nothing."""
         units = moments.num_units
         new = lr_gain(*moments.with_model(), num_units=units, base_units=units * self.base_share)
         self.gains = averaged(self.gains, new, self.momentum)
+        self.silent = moments.unit_sq == 0
 
     def begin(self) -> None:
         """An iteration begins."""
@@ -102,6 +106,7 @@ class Progress:
             "iterations": self.iterations,
             "possible": self.possible,
             "gains": self.gains.tolist(),
+            "silent": self.silent.tolist(),
             "base_share": self.base_share,
         }
 
@@ -110,6 +115,7 @@ class Progress:
         self.iterations, self.possible = state["iterations"], state["possible"]
         if state["base_share"] == self.base_share:
             self.gains = torch.tensor(state["gains"], dtype=torch.float64)
+            self.silent = torch.tensor(state.get("silent", self.silent.tolist()))
 
 
 def set_position(scheduler: Any, position: float) -> None:
@@ -155,10 +161,10 @@ def check_scheduler(scheduler: Any) -> None:
         )
 
 
-def signal_of(images: float) -> float:
-    """1 / noise scale, what `foretell` takes: 0 where the noise scale is not finite, since all is
-    noise there."""
-    return 1 / max(images, 1e-9) if math.isfinite(images) else 0.0
+def signal_of(images: Iterable[float]) -> float:
+    """What `foretell` takes: 1 / noise scale of the module where it is smallest, and so the gain. A
+    module whose noise scale is not finite is all noise."""
+    return max(1 / max(n, 1e-9) if math.isfinite(n) else 0.0 for n in images)
 
 
 def foretell(
@@ -174,7 +180,7 @@ def foretell(
     284
 
     Args:
-        signal: (share of training, 1 / noise scale in images), in this order; between two of them
+        signal: (share of training, `signal_of` the modules), in this order; between two of them
             linear, before the first and after the last as there.
         averaging: iterations between measurements, and the momentum of their average.
     """

@@ -140,7 +140,7 @@ def only_the_batch(batch: int, curvature_ratio: float) -> tuple[int, float, floa
     """At `batch` times the base batch, with the base's best learning rate: steps by the gain, its
     loss over the base's, and that of SGD with as many steps and its best learning rate.
 
-    Each module has its own gain, and the learning rate and the end follow the sum of the model's
+    Each module has its own gain, and the learning rate and the end follow the sum of the smallest
     gains, by the package's own classes.
     """
     curvature, noise, square = two_modules(torch.tensor(1.0), torch.tensor(curvature_ratio))

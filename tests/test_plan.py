@@ -12,10 +12,12 @@ from agvm_d2.d2 import lazy
 from agvm_d2.variance import gain_of
 
 
-def measured(noise, iterations=16_000, base=16):
-    """Of a run whose noise scale is `noise` images at these shares of training."""
-    share = np.linspace(0, 1, len(noise))
-    return plan.Measured(base, iterations, {"model": (share, np.array(noise, dtype=float))})
+def measured(*modules, iterations=16_000, base=16):
+    """Of a run whose modules have these noise scales in images, at even shares of training; the
+    whole model's is not used."""
+    share = np.linspace(0, 1, len(modules[0]))
+    noise = {f"m{i}": (share, np.array(images, dtype=float)) for i, images in enumerate(modules)}
+    return plan.Measured(base, iterations, {**noise, "model": (share, np.full(len(share), 1e9))})
 
 
 @pytest.mark.parametrize("noise, gain", [(1e-6, 1), (48, 16 / 7), (1e9, 4), (np.inf, 4)])
@@ -33,6 +35,18 @@ def test_the_noise_of_each_part_counts_there():
     # Signal in the first half, noise in the second: 8,000 + 8,000 / 4.
     noise = [1e-6] * 5001 + [1e9] * 5000
     assert plan.predict(measured(noise), 64).iterations == pytest.approx(10_000, rel=0.01)
+
+
+def test_the_least_noisy_modules_gain_is_the_clock():
+    # First one of two is all signal, then the other: no step is worth more than one.
+    one, other = [1e-6] * 5 + [1e9] * 5, [np.inf] * 5 + [1e-6] * 5
+    assert plan.predict(measured(one, other), 64).iterations == 16_000
+    # Of a noise scale of 48 and one that drowns the gradient, 48's: 2.29 instead of 4.
+    both, alone = measured([48], [np.inf]), measured([48])
+    assert plan.predict(both, 64) == plan.predict(alone, 64)
+    assert plan.coverage(measured([48] * 4, [60, 60, 60, 10])).endswith(
+        "The smallest gain counts: 75 % of it m0's."
+    )
 
 
 def test_the_base_batch_takes_its_own_iterations():
@@ -152,7 +166,7 @@ def test_a_slower_average_takes_longer():
 @pytest.mark.parametrize("share, little", [([0.05, 0.98], False), ([0.35, 0.45], True)])
 def test_how_much_was_measured_is_said(share, little):
     noise = (np.array(share), np.array([10.0, 20.0]))
-    said = plan.coverage(plan.Measured(16, 1000, {"model": noise}))
+    said = plan.coverage(plan.Measured(16, 1000, {"rpn": noise, "model": noise}))
     assert f"from {100 * share[0]:.0f} to {100 * share[1]:.0f} % of training" in said
     assert ("That is little" in said) == little
 

@@ -15,20 +15,44 @@ def moments(unit_sq, mean_sq, k=4):
     return pairwise_moments(*tensors, k)
 
 
-def test_the_models_gain_is_that_of_the_sums():
-    # Four units, of which one is a base batch. First module all noise (gain 4), second all signal
-    # (1); S1 = 8, S2 = 5 together: E|g|^2 at one unit is S1, so the gain is 8/5.
+def test_a_step_counts_as_the_smallest_modules_gain():
+    # Four units, of which one is a base batch: E|g|^2 there is S1, so the gain is S1/S2. First
+    # module all noise (4), second 4/2; S1 = 8, S2 = 3 together: the model's gain is 8/3.
     progress = Progress(modules=2, base_share=1 / 4, momentum=0.0)
-    progress.update(moments([4.0, 4.0], [1.0, 4.0]))
-    assert progress.gains.tolist() == pytest.approx([4.0, 1.0, 8 / 5])
+    progress.update(moments([4.0, 4.0], [1.0, 2.0]))
+    assert progress.gains.tolist() == pytest.approx([4.0, 2.0, 8 / 3])
+    assert progress.gain == pytest.approx(2.0)
     progress.begin()
     progress.count(raised=True)
     progress.begin()
     progress.count(raised=False)
     progress.begin()
     progress.count(raised=False, possible=False)
-    assert progress.iterations == pytest.approx(8 / 5 + 2)
-    assert progress.possible == pytest.approx(16 / 5 + 1)
+    assert progress.iterations == pytest.approx(2 + 2)
+    assert progress.possible == pytest.approx(4 + 1)
+
+
+def test_a_module_without_a_gradient_does_not_hold_training_up():
+    progress = Progress(modules=2, base_share=1 / 4, momentum=0.0)
+    progress.update(moments([4.0, 0.0], [1.0, 0.0]))  # such as a head without objects to learn from
+    assert progress.gains.tolist() == [4.0, 1.0, 4.0] and progress.gain == 4.0
+    again = Progress(modules=2, base_share=1 / 4, momentum=0.0)
+    again.load_state_dict(progress.state_dict())
+    assert again.gain == 4.0
+    progress.update(moments([4.0, 4.0], [1.0, 2.0]))
+    assert progress.gain == 2.0
+    progress.update(moments([0.0, 0.0], [0.0, 0.0]))  # Adam's, over no second moments yet
+    assert progress.gain == 1.0
+
+
+def test_a_state_from_before_the_smallest_gain_counted():
+    progress = Progress(modules=2, base_share=1 / 4, momentum=0.0)
+    progress.update(moments([4.0, 4.0], [1.0, 2.0]))
+    state = progress.state_dict()
+    del state["silent"]
+    again = Progress(modules=2, base_share=1 / 4, momentum=0.0)
+    again.load_state_dict(state)
+    assert again.gain == 2.0
 
 
 def test_the_gains_average_starts_at_one():
@@ -56,7 +80,8 @@ def test_what_is_not_finite_changes_nothing(bad):
     progress.update(moments([4.0, bad], [1.0, bad]))
     assert progress.gains[1] == before[1] and progress.gains[0] != before[0]
     assert progress.gains.isfinite().all()
-    assert (progress.gain == before[-1]) == (bad != 0)  # a module without gradients adds nothing
+    assert (progress.gains[-1] == before[-1]) == (bad != 0)  # one without gradients adds nothing
+    assert progress.gain == (progress.gains[0] if bad == 0 else before[1])
 
 
 def test_at_the_base_batch_a_step_is_a_step():

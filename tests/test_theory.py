@@ -8,6 +8,7 @@ from torch import nn
 from agvm_d2 import AGVM, Settings, split_param_groups
 from agvm_d2.modulator import Modulator
 from agvm_d2.moments import pairwise_moments
+from agvm_d2.progress import Progress
 from agvm_d2.rules import RULES
 from agvm_d2.variance import lr_gain, lr_ratio, pairwise_variance
 from benchmarks import theory
@@ -174,6 +175,22 @@ def test_the_models_gain_lies_between_the_modules():
     model = lr_gain(unit_sq.sum(), mean_sq.sum(), 8)
     assert gains.min() < model < gains.max()
     assert model == pytest.approx(float((gains * mean_sq).sum() / mean_sq.sum()))
+
+
+def test_by_the_smallest_gain_each_module_has_its_base_steps():
+    """Gains of 8/3, 8/5 and 2, in turn; by the model's gain the slowest module has too few."""
+    progress = Progress(modules=3, base_share=1 / 8, momentum=0.0)
+    mean_sq = torch.tensor([3.0, 5.0, 4.0], dtype=torch.float64)
+    made = torch.zeros(4, dtype=torch.float64)
+    while progress.iterations < 100:
+        progress.update(pairwise_moments(torch.full((3,), 8.0), mean_sq, 8))
+        progress.begin()
+        progress.count(raised=True)
+        made, mean_sq = made + progress.gains, mean_sq.roll(1)
+    assert made[:3].min() >= 100 and progress.iterations == pytest.approx(8 / 5 * 63)
+    progress = Progress(modules=3, base_share=1 / 8, momentum=0.0)
+    progress.update(pairwise_moments(torch.full((3,), 8.0), mean_sq, 8))
+    assert 100 / progress.gains[-1] * progress.gain == pytest.approx(80)  # 24/12 for the model
 
 
 def test_the_gain_weighted_mean_squared_gradient_is_below_the_base_bound():

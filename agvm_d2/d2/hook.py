@@ -35,8 +35,8 @@ def noise_summary(measured: Sequence[tuple[int, float]], batch: int, iterations:
     """What a monitored run says about its batch, in words.
 
     Args:
-        measured: (iteration, noise scale of the whole model in images; NaN where noise drowned the
-            gradient).
+        measured: (iteration, noise scale in images of the module where it is smallest; NaN where
+            noise drowned all gradients).
         batch: images of one iteration.
         iterations: of training.
     """
@@ -44,12 +44,12 @@ def noise_summary(measured: Sequence[tuple[int, float]], batch: int, iterations:
     known = [images for images in noise if math.isfinite(images)]
     if 2 * len(known) < len(noise):
         return (
-            f"model: noise drowns the gradient at batch {batch}, and the noise scale is known from "
-            f"only {len(known)} of {len(noise)} measurements. A larger batch would save "
+            f"noise drowns every module's gradient at batch {batch}, and a noise scale is known "
+            f"from only {len(known)} of {len(noise)} measurements. A larger batch would save "
             "iterations; how many is not known."
         )
     # As agvm_d2.plan: what was not measurable is all noise.
-    signal = [(i / iterations, signal_of(images)) for i, images in measured]
+    signal = [(i / iterations, signal_of([images])) for i, images in measured]
 
     def would(times: int) -> str:  # with so many times the batch
         left = foretell(signal, batch, times * batch, iterations) / iterations
@@ -57,10 +57,10 @@ def noise_summary(measured: Sequence[tuple[int, float]], batch: int, iterations:
         return f"save {saved:.0f} % of the iterations and read {read:.2f} times the images"
 
     return (
-        f"model: noise scale of {statistics.median(known):,.0f} images at batch {batch} (median of "
-        f"{len(known)} of {len(noise)} measurements). Trained by the gain, twice the batch would "
-        f"{would(2)}; four times the batch would {would(4)}. `python -m agvm_d2.plan OUTPUT_DIR "
-        "--batches N ...` says so for any batch."
+        f"the least noisy module has a noise scale of {statistics.median(known):,.0f} images at "
+        f"batch {batch} (median of {len(known)} of {len(noise)} measurements). Trained by the "
+        f"gain, twice the batch would {would(2)}; four times the batch would {would(4)}. "
+        "`python -m agvm_d2.plan OUTPUT_DIR --batches N ...` says so for any batch."
     )
 
 
@@ -224,7 +224,9 @@ class AGVMHook(HookBase):
             for name, value in self.agvm.scalars().items():
                 storage.put_scalar(name, value, smoothing_hint=False)
             if self.agvm.batch_size and self.agvm.settings.mode == "monitor":
-                self._noise.append((storage.iter, self.noise_scale()["model"]))
+                modules = [n for name, n in self.noise_scale().items() if name != "model"]
+                least = min(filter(math.isfinite, modules), default=math.nan)
+                self._noise.append((storage.iter, least))
         found = modulator.num_units and not modulator.variance.isnan().all()
         if found and modulator.active(storage.iter) and (storage.iter + 1) % self._log_period == 0:
             line = "  ".join(

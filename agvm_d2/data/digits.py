@@ -269,7 +269,8 @@ def draw(
     photo = photos[which]
     crop = int(rng.integers(size // 2, min(photo.shape[:2]) + 1))
     y, x = (int(rng.integers(0, length - crop + 1)) for length in photo.shape[:2])
-    ground = Image.fromarray(photo[y : y + crop, x : x + crop])
+    cut = np.ascontiguousarray(photo[y : y + crop, x : x + crop])  # else Pillow is slow to copy it
+    ground = Image.fromarray(cut)
     pixels = np.asarray(ground.resize((size, size), Image.Resampling.BILINEAR), dtype=np.float32)
     picture: np.ndarray = pixels * rng.uniform(0.5, 1.0)
 

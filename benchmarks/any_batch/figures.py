@@ -7,65 +7,67 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-from agvm_d2.plot import colours_of, plain_log
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from .setting import ARMS, BASE, ITERATIONS
-from .tables import Rows, base_of, by_cell, measured
+from .tables import Rows, base_of, by_cell, ended, smallest_gain
 
 MARKS = {
     "sgd": ("0.5", "o"),
-    "gain": ("tab:red", "s"),
+    "gain_least": ("tab:red", "s"),
+    "gain": ("tab:pink", "v"),
     "whole": ("tab:blue", "^"),
-    "adamw": ("0.5", "D"),
-    "gain_adamw": ("tab:orange", "D"),
 }
+PANELS = {"faster_rcnn": "Faster R-CNN, box AP", "panoptic_fpn": "Panoptic FPN, PQ"}
 
 
-def draw(rows: Rows, folder: Path, pipeline: str = "faster_rcnn") -> None:
-    """Accuracy against iterations; gain and noise scale over training: any_batch.png."""
-    cells = by_cell({run: row for run, row in rows.items() if run.pipeline == pipeline})
-    base = base_of(cells, pipeline)
+def draw(rows: Rows, folder: Path) -> None:
+    """Accuracy against iterations of two pipelines, and the gain that counts over training:
+    any_batch.png."""
     with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-        for run, found in sorted(cells.items()):
-            if run.arm not in MARKS or run.options:
-                continue
-            colour, mark = MARKS[run.arm]
-            x = statistics.fmean(row["took"] for row in found) / ITERATIONS
-            values = [row["accuracy"] for row in found]
-            y = statistics.fmean(values)
-            axes[0].plot(x, y, mark, color=colour)
-            axes[0].plot([x, x], [min(values), max(values)], color=colour, lw=1)  # over seeds
-            axes[0].annotate(f"{run.batch}", (x, y), (4, 4), textcoords="offset points")
-        for arm, (colour, mark) in MARKS.items():
-            if any(run.arm == arm for run in cells):
-                axes[0].plot([], [], mark, color=colour, label=ARMS[arm].label)
-        if base:
-            whole = statistics.fmean(row["accuracy"] for row in base)
-            axes[0].axhline(whole, color="0.7", lw=0.8, zorder=0)
-        axes[0].set(xlabel=f"iterations / those of batch {BASE}", ylabel="accuracy", title="runs")
-        axes[0].legend(frameon=False)
-        gains = [run for run in sorted(cells) if run.arm == "gain" and not run.options]
-        for run in gains:
-            curves = cells[run][0]["curves"]
-            share = [100 * p / run.iterations for p in curves["progress"]]
-            axes[1].plot(share, curves["gain/model"], label=f"batch {run.batch}", lw=1.4)
-        axes[1].set(xlabel="% of training", title="gain of the whole model", ylim=(0.9, None))
-        if gains:
-            axes[1].legend(frameon=False)
-        if base:
-            noise = measured(base[0]).noise
-            colours = {**colours_of([name for name in noise if name != "model"]), "model": "black"}
-            for name, (share, images) in noise.items():
-                axes[2].plot(100 * share, images, color=colours[name], label=name, lw=1.4)
-            axes[2].set(
-                xlabel="% of training",
-                title=f"noise scale at batch {BASE}, images",
-                yscale="log",
-                ylim=(1, 1e4),
-            )
-            plain_log(axes[2].yaxis)
+        for panel, pipeline in zip(axes, PANELS, strict=False):
+            draw_runs(rows, pipeline, panel)
+        last = max((run.pipeline for run in rows if run.arm == "gain_least"), default=None)
+        for run, found in sorted(by_cell(rows).items()):
+            if (run.pipeline, run.arm, run.options) == (last, "gain_least", ""):
+                curves = found[0]["curves"]
+                share = [100 * p / run.iterations for p in curves["progress"]]
+                axes[2].plot(share, smallest_gain(curves), label=f"batch {run.batch}", lw=1.4)
+        axes[2].set(
+            xlabel="% of training",
+            title=f"smallest gain{f', {PANELS[last]}'.rsplit(',', 1)[0] if last else ''}",
+            ylim=(0.9, None),
+        )
+        if last:
             axes[2].legend(frameon=False)
+        marks = [
+            Line2D([], [], color=c, marker=m, ls="", label=ARMS[a].label)
+            for a, (c, m) in MARKS.items()
+        ]
+        figure.legend(handles=marks, loc="outside lower left", ncols=len(marks), frameon=False)
         figure.savefig(folder / "any_batch.png", dpi=110)
         plt.close(figure)
+
+
+def draw_runs(rows: Rows, pipeline: str, panel: Axes) -> None:
+    """A mark for each cell, the mean over seeds, with a line from its lowest to its highest."""
+    cells = by_cell({run: row for run, row in rows.items() if run.pipeline == pipeline})
+    for arm, (colour, mark) in MARKS.items():
+        for run, found in sorted(cells.items()):
+            kept = ended(found)
+            if run.arm != arm or run.options or not kept:
+                continue
+            values = [row["accuracy"] for row in kept]
+            x = statistics.fmean(row["took"] for row in kept) / ITERATIONS
+            y = statistics.fmean(values)
+            panel.plot(x, y, mark, color=colour)
+            panel.plot([x, x], [min(values), max(values)], color=colour, lw=1)
+            panel.annotate(f"{run.batch}", (x, y), (4, 4), textcoords="offset points")
+    base = base_of(cells, pipeline)
+    if base:
+        whole = statistics.fmean(row["accuracy"] for row in base)
+        panel.axhline(whole, color="0.7", lw=0.8, zorder=0)
+    panel.set(xlabel=f"iterations / those of batch {BASE}", title=PANELS[pipeline])
+    panel.margins(0.12)

@@ -61,12 +61,13 @@ class KeepDecay(HookBase):
             self.agvm.modulator.rule = lambda moments: torch.full_like(moments.unit_sq, torch.nan)
 
 
-class LeastGain(Progress):
-    """A step counts as many steps of the base batch as the smallest module's gain."""
+class ModelGain(Progress):
+    """A step counts as many steps of the base batch as the whole model's gain, as it did before the
+    smallest module's was chosen."""
 
     @property
     def gain(self) -> float:
-        return self.gains[:-1].min().item()
+        return self.gains[-1].item()
 
 
 class Profile(HookBase):

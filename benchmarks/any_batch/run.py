@@ -19,7 +19,7 @@ from agvm_d2.d2.checks import check_config
 from benchmarks.study import run as study
 
 from .curvature import AT, IMAGES, Curvature
-from .hooks import Curves, KeepDecay, LeastGain, Profile
+from .hooks import Curves, KeepDecay, ModelGain, Profile
 from .scenes import NUM_TRAIN
 from .setting import ARMS, BASE, PARTS, PIPELINES, ROOT, UNIT, Run, config, weights_hash
 from .trainer import Trainer, mapper
@@ -42,10 +42,10 @@ def train(run: Run, folder: Path) -> dict:
     trainer = trainer_class(cfg)
     agvm = next((h.agvm for h in trainer._hooks if isinstance(h, AGVMHook)), None)
     arm, curves = ARMS[run.arm], Curves(agvm)
-    if arm.by_least:
-        model = agvm._progress
-        least = LeastGain(len(agvm.modules), model.base_share, model.momentum, model.max_iter)
-        agvm._progress = least
+    if arm.by_model:
+        least = agvm._progress
+        model = ModelGain(len(agvm.modules), least.base_share, least.momentum, least.max_iter)
+        agvm._progress = model
     if arm.profile:
         trainer.register_hooks([Profile(agvm)])
     if arm.keep_decay:

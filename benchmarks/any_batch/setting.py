@@ -1,7 +1,9 @@
 """The model, its config, and the arms that are compared."""
 
 from __future__ import annotations
+import functools
 import hashlib
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 import torch
@@ -9,6 +11,8 @@ from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN
 from detectron2.modeling.backbone import Backbone
+from torch import nn
+from torch.nn import functional as F
 
 from agvm_d2.d2.config import read_config
 from agvm_d2.moments import Moments
@@ -25,6 +29,23 @@ STAGES = {"s4": (3, 24), "s8": (6, 32), "s16": (13, 96), "s32": (17, 320)}
 FROZEN = 4  # blocks, those up to stride 4, as Detectron2 freezes a ResNet's stem and first stage
 
 
+def fold_norms(model: nn.Module) -> None:
+    """Let each convolution before a frozen BatchNorm do its work too, on the weights: a twelfth of
+    the time less. Parameters and their names stay."""
+
+    def forward(conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        weight = conv.weight * scale[:, None, None, None]
+        bias = norm.bias - norm.running_mean * scale
+        return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+    for parent in model.modules():
+        for conv, norm in itertools.pairwise(parent.children()):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d):
+                conv.forward = functools.partial(forward, conv, norm)
+                norm.forward = nn.Identity().forward
+
+
 class MobileNetV2(Backbone):
     """torchvision's, with ImageNet's statistics in frozen BatchNorm."""
 
@@ -34,6 +55,7 @@ class MobileNetV2(Backbone):
 
         blocks = mobilenet_v2().features[: STAGES["s32"][0] + 1]
         self.features = FrozenBatchNorm2d.convert_frozen_batchnorm(blocks)
+        fold_norms(self.features)
         for block in self.features[:frozen]:
             block.requires_grad_(False)
         self._frozen = frozen
@@ -119,12 +141,13 @@ class Arm(NamedTuple):
     options: str = ""
     backbone_lr: float = 1.0  # times the others'
     by_gain: bool = False  # lasts as long as the gain asks; else as many iterations as are given
-    by_least: bool = False  # the smallest module's gain counts, not the model's
+    by_model: bool = False  # by the whole model's gain, not the smallest module's
     profile: bool = False  # times what `hooks.Profile` learns
     keep_decay: bool = False  # factors stay as they are at the first drop of the learning rate
 
 
 GAIN = "AGVM.RULE gain AGVM.SCHEDULE gain"
+BY_MODEL = {"by_gain": True, "by_model": True}
 ONE_MODULE = "AGVM.MODULES (('all','.'),)"
 MONITOR = "AGVM.MODE monitor"
 SOFT = "SOLVER.GAMMA 0.25"
@@ -136,15 +159,16 @@ ARMS = {
     "sgd_3": Arm("SGD, backbone ×3", MONITOR, 3.0),
     "sgd_6": Arm("SGD, backbone ×6", MONITOR, 6.0),
     "whole": Arm("whole-model AdaScale", f"{GAIN} {ONE_MODULE}", by_gain=True),
-    "gain": Arm("module-wise AdaScale", GAIN, by_gain=True),
-    "gain_least": Arm("module-wise AdaScale, least gain", GAIN, by_gain=True, by_least=True),
+    "gain_least": Arm("module-wise AdaScale", GAIN, by_gain=True),
     "gain_decay": Arm("module-wise AdaScale, decay kept", GAIN, by_gain=True, keep_decay=True),
-    "gain_profile": Arm("module-wise AdaScale, learnt profile", GAIN, by_gain=True, profile=True),
     "gain_clipped": Arm(
         "module-wise AdaScale, clipped",
         f"AGVM.RULE gain_if_clipped AGVM.SCHEDULE gain {CLIPPED}",
         by_gain=True,
     ),
+    # Those that ran before the smallest module's gain became the clock.
+    "gain": Arm("module-wise AdaScale, model's clock", GAIN, **BY_MODEL),
+    "gain_profile": Arm("learnt profile, model's clock", GAIN, **BY_MODEL, profile=True),
     "sgd_clipped": Arm("SGD, clipped", f"{MONITOR} {CLIPPED}"),
     "agvm": Arm("AGVM", "AGVM.RULE variance AGVM.START_ITER 300"),
     "adamw": Arm("AdamW", f"{MONITOR} {ADAMW}"),
@@ -156,11 +180,14 @@ ARMS = {
     "lamb": Arm("LAMB", f"{MONITOR} SOLVER.OPTIMIZER LAMB SOLVER.WEIGHT_DECAY 0.05"),
     "sam": Arm("SAM", "AGVM.ENABLED False"),  # see sam.py
     "muon": Arm("Muon", f"{MONITOR} SOLVER.OPTIMIZER MUON SOLVER.MOMENTUM 0.95"),
-    "gain_adamw": Arm("module-wise AdaScale on AdamW", f"{GAIN} {ADAMW}", by_gain=True),
+    "gain_least_adamw": Arm("module-wise AdaScale on AdamW", f"{GAIN} {ADAMW}", by_gain=True),
+    "gain_adamw": Arm(
+        "module-wise AdaScale on AdamW, model's clock", f"{GAIN} {ADAMW}", **BY_MODEL
+    ),
     "sqrt_gain_adamw": Arm(
-        "its square root on AdamW",
+        "its square root on AdamW, model's clock",
         f"AGVM.RULE sqrt_gain AGVM.SCHEDULE gain {ADAMW}",
-        by_gain=True,
+        **BY_MODEL,
     ),
 }
 # Masks of 14 x 14 pixels: a digit has at most 32, and training takes a fifth less.

@@ -25,6 +25,11 @@ def by_cell(rows: Rows) -> Cells:
     return cells
 
 
+def ended(rows: list[dict]) -> list[dict]:
+    """Those that did not diverge."""
+    return [row for row in rows if row.get("diverged_at") is None]
+
+
 def spread(values: Sequence[float], form: str = ".1f") -> str:
     mean = f"{statistics.fmean(values):{form}}"
     if len(values) == 1:
@@ -49,18 +54,18 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def all_runs(cells: Cells) -> str:
-    """A row for each cell."""
+    """A row for each cell; the means are of runs that did not diverge, where there are any."""
     lines = []
     order = {arm: i for i, arm in enumerate(ARMS)}
     for run, rows in sorted(
         cells.items(), key=lambda c: (c[0].pipeline, c[0].batch, order[c[0].arm])
     ):
         base = base_of(cells, run.pipeline)
-        accuracy = [row["accuracy"] for row in rows]
         whole = [row["accuracy"] for row in base]
+        good = ended(rows)
+        diverged, rows = len(rows) - len(good), good or rows
+        accuracy, took = ([row[key] for row in rows] for key in ("accuracy", "took"))
         kept = statistics.fmean(accuracy) / statistics.fmean(whole) if base else float("nan")
-        took = [row["took"] for row in rows]
-        diverged = sum(row.get("diverged_at") is not None for row in rows)
         lines.append(
             [
                 run.pipeline,
@@ -70,7 +75,7 @@ def all_runs(cells: Cells) -> str:
                 spread(took, ".0f"),
                 f"{statistics.fmean(took) / ITERATIONS:.2f}",
                 f"{statistics.fmean(took) * run.batch / (ITERATIONS * BASE):.1f}",
-                spread(accuracy) + f" ({len(rows)}{diverged * f', {diverged} diverged'})",
+                spread(accuracy) + f" ({len(good)})" + bool(diverged) * f", {diverged} diverged",
                 f"{100 * kept:.0f} %",
             ]
         )
@@ -94,9 +99,10 @@ def plan_against_runs(cells: Cells) -> str:
     gain took."""
     lines = []
     for run, rows in sorted(cells.items()):
-        same = Run(run.pipeline, "sgd", BASE, run.lr, 0)
-        base = cells.get(same) or base_of(cells, run.pipeline)
-        if run.arm != "gain" or not base or run.options:
+        optimizer = "adamw" if run.arm.endswith("adamw") else "sgd"
+        base = cells.get(Run(run.pipeline, optimizer, BASE, run.lr, 0))
+        rows = ended(rows)
+        if not run.arm.startswith("gain_least") or not base or not rows or run.options:
             continue
         foretold = predict(measured(base[0]), run.batch).iterations
         took = statistics.fmean(row["took"] for row in rows)
@@ -113,20 +119,26 @@ def plan_against_runs(cells: Cells) -> str:
     return table(["pipeline", "batch", "LR", "plan", "took", "plan / took"], lines)
 
 
+def gains_of(curves: dict[str, list]) -> list[np.ndarray]:
+    """Of each module, not the whole model."""
+    keys = (key for key in curves if key.startswith("gain/") and key != "gain/model")
+    return [np.array(curves[key]) for key in keys]
+
+
+def smallest_gain(curves: dict[str, list]) -> np.ndarray:
+    return np.min(gains_of(curves), axis=0)
+
+
 def clocks(row: dict) -> dict[str, float]:
     """Iterations that a run by the gain would have taken, by what counts as its progress, had its
     gains been the same at each point of the schedule: the integral of d progress / gain."""
     curves = row["curves"]
     progress = np.array([*curves["progress"], row["iterations"]])
-    modules = [
-        np.array(values)
-        for key, values in curves.items()
-        if key.startswith("gain/") and key != "gain/model"
-    ]
+    modules = gains_of(curves)
     candidates = {
         "whole model's": np.array(curves["gain/model"]),
         "mean of the modules'": np.mean(modules, axis=0),
-        "smallest module's": np.min(modules, axis=0),
+        "smallest module's": smallest_gain(curves),
         "largest module's": np.max(modules, axis=0),
     }
     return {
@@ -139,13 +151,14 @@ def which_gain(cells: Cells) -> str:
     """Iterations by `clocks`, over the base's."""
     lines, names = [], None
     for run, rows in sorted(cells.items()):
-        if run.arm != "gain" or run.options:
+        rows = ended(rows)
+        if run.arm not in ("gain", "gain_least") or run.options or not rows:
             continue
         found = [clocks(row) for row in rows]
         names = list(found[0])
         shares = [spread([f[name] / ITERATIONS for f in found], ".2f") for name in names]
-        lines.append([run.pipeline, str(run.batch), f"{run.lr:g}", *shares])
-    return table(["pipeline", "batch", "LR", *(names or [])], lines)
+        lines.append([run.pipeline, str(run.batch), ARMS[run.arm].label, *shares])
+    return table(["pipeline", "batch", "method", *(names or [])], lines)
 
 
 def in_parts(cells: Cells) -> str:
@@ -179,8 +192,7 @@ def at_equal_progress(cells: Cells) -> str:
     same optimizer, where as much progress is made: 1 or less where the clock is not too fast."""
     lines = []
     kept = {
-        run: [r for r in rows if "loss" in r["curves"] and r.get("diverged_at") is None]
-        for run, rows in cells.items()
+        run: [row for row in ended(rows) if "loss" in row["curves"]] for run, rows in cells.items()
     }
     for run, rows in sorted(kept.items()):
         base = "adamw" if run.arm.endswith("adamw") else "sgd"

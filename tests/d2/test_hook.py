@@ -190,17 +190,17 @@ def test_a_monitored_run_ends_with_a_summary(d2_log, options, times):
     hook, _ = run(model, sgd(model), steps=4, interval=2, batch_size=8, **options)
     hook.after_train()
     hook.after_train()
-    assert d2_log.text.count("AGVM, monitored: model: ") == times
+    assert d2_log.text.count("AGVM, monitored: the least noisy module has") == times
     assert d2_log.text.count("of 2 measurements") == times
 
 
 def test_the_summary_in_words():
     # (1 + 64/64)/(1 + 64/128) = 4/3 and 2/(1 + 64/256) = 8/5, a little late: 37.5 % less 0.02.
     assert noise_summary([(i, 64.0) for i in range(3)], 64, 90_000).startswith(
-        "model: noise scale of 64 images at batch 64 (median of 3 of 3 measurements). Trained by "
-        "the gain, twice the batch would save 25 % of the iterations and read 1.50 times the "
-        "images; four times the batch would save 37 % of the iterations and read 2.50 times the "
-        "images. "
+        "the least noisy module has a noise scale of 64 images at batch 64 (median of 3 of 3 "
+        "measurements). Trained by the gain, twice the batch would save 25 % of the iterations and "
+        "read 1.50 times the images; four times the batch would save 37 % of the iterations and "
+        "read 2.50 times the images. "
     )
     # All signal: a larger batch saves nothing.
     said = noise_summary([(0, 0.0)], 64, 90_000)
