@@ -67,18 +67,30 @@ class SignalCatcher:
     def install(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows it nowhere else
-        _tell_children()
         for signum in SIGNALS:
             if signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler):
                 self._before[signum] = signal.signal(signum, self._handle)
-        _installed.add(self)
 
     def restore(self, ignore: bool = False) -> None:
         """What was there before; or, in a process that is about to end, nothing."""
         for signum, before in self._before.items():
             signal.signal(signum, signal.SIG_IGN if ignore else before)
         self._before.clear()
-        _installed.discard(self)
+
+    @contextlib.contextmanager
+    def not_in_children(self) -> Iterator[None]:
+        """Processes that this one forks meanwhile have the handlers of before: a SIGTERM ends them.
+        Those of a multiprocessing.Pool, as in a panoptic evaluation, may else wait for ever: Python
+        runs no handler of its own while a lock is waited for.
+
+        Not while training: a project's loader should outlive a signal to all processes.
+        """
+        _tell_children()
+        _not_in_children.add(self)
+        try:
+            yield
+        finally:
+            _not_in_children.discard(self)
 
     def _handle(self, signum: int, frame: object) -> None:
         now = time.monotonic()
@@ -89,14 +101,13 @@ class SignalCatcher:
         self._on_signal(signum)
 
 
-_installed: set[SignalCatcher] = set()
+_not_in_children: set[SignalCatcher] = set()
 
 
 @functools.lru_cache(maxsize=1)
 def _tell_children() -> None:
-    """A child that this process forks, such as a multiprocessing.Pool's in a panoptic evaluation,
-    has none of our handlers: its SIGTERM must end it. Signals wait until that is so, since Python
-    forgets those that come to a child before."""
+    """Signals wait while a process is forked, since Python forgets those that come to the child
+    before its handlers are set."""
     masks = threading.local()
 
     def block() -> None:
@@ -106,7 +117,7 @@ def _tell_children() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, masks.before)
 
     def restore() -> None:
-        for catcher in [*_installed]:
+        for catcher in _not_in_children:
             catcher.restore()
         unblock()
 
@@ -262,7 +273,7 @@ class PreemptionHook(HookBase):
             try:
                 # In a forward pass of a sharded model the workers wait for each other: none leaves.
                 whole = contextlib.nullcontext() if self._sharded else self._until_signal()
-                with whole:
+                with whole, self._signals.not_in_children():
                     results = evaluate()
             except Preempted:
                 aborted = True

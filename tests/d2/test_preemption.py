@@ -332,7 +332,8 @@ def test_a_forked_childs_sigterm_ends_it(wait):
     lock.acquire()
     try:
         for _ in range(20 if not wait else 2):
-            child = os.fork()
+            with catcher.not_in_children():
+                child = os.fork()
             if child == 0:
                 try:
                     lock.acquire()
@@ -347,6 +348,35 @@ def test_a_forked_childs_sigterm_ends_it(wait):
     finally:
         catcher.restore()
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_an_evaluations_pool_is_ended(tmp_path):
+    class Pooled(Trainer):
+        @classmethod
+        def test(cls, cfg, model):
+            with multiprocessing.get_context("fork").Pool(1) as pool:
+                found.append(pool.apply(signal.getsignal, [signal.SIGTERM]))
+
+    found = []
+    trainer = Pooled(toy_config(tmp_path, SOLVER__MAX_ITER=2, TEST__EVAL_PERIOD=1))
+    trainer.train()
+    assert found == [signal.SIG_DFL] * 2
+
+
+def test_a_projects_loader_outlives_a_signal_to_all_processes_while_training():
+    catcher = SignalCatcher(lambda signum: None)
+    catcher.install()
+    try:
+        loader = torch.utils.data.DataLoader(range(100), num_workers=1)
+        batches = iter(loader)
+        next(batches)
+        (child,) = batches._workers
+        for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # SIGTERM is torch's there
+            os.kill(child.pid, signum)
+        assert [int(next(batches)) for _ in range(50)] == list(range(1, 51))
+        assert child.is_alive()
+    finally:
+        catcher.restore()
 
 
 def test_a_loaders_processes_leave_signals_to_the_trainer():
