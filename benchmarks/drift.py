@@ -142,14 +142,6 @@ PIPELINES.update(
         + " MODEL.BACKBONE.NAME build_mobilenet_v2_one_level"
         " MODEL.ANCHOR_GENERATOR.SIZES [[8,14,22,32]]",
     ),
-    semantic_fpn=(
-        "sem_seg", "mIoU",
-        """MODEL.META_ARCHITECTURE SemanticSegmentor MODEL.SEM_SEG_HEAD.NUM_CLASSES 16
-        MODEL.SEM_SEG_HEAD.CONVS_DIM 32 DATASETS.TRAIN ('scenes_train_panoptic',)""",
-    ),
-    faster_rcnn_swin=(
-        "bbox", "AP", "MODEL.BACKBONE.NAME build_thin_swin_fpn_backbone",
-    ),
 )  # fmt: skip
 PANELS = ("retinanet", "faster_rcnn", "mask_rcnn", "panoptic_fpn", "semantic_fpn")
 TITLES = {
@@ -178,8 +170,6 @@ class Key(NamedTuple):
         iterations = IMAGES // self.batch
         options = f"""DATASETS.TEST () SOLVER.WARMUP_ITERS {iterations // 5}
             AGVM.INTERVAL {1 if self.batch == LARGE else 5}"""
-        if self.pipeline == "faster_rcnn_swin":  # no ImageNet weights for it
-            options += " MODEL.WEIGHTS ''"
         lr = LR[self.optimizer][self.batch]
         return BaseRun(self.pipeline, self.optimizer, self.batch, lr, 1, iterations, options)
 

@@ -85,7 +85,7 @@ def train(run: Run, folder: Path) -> dict:
         "noise_curvature": {} if curvature is None else curvature.of_noise,
         "torch": torch.__version__,
         "machine": f"{study.cpu()}, 1 thread",
-        "weights_hash": weights_hash(),
+        "weights_hash": weights_hash() if cfg.MODEL.WEIGHTS else "none",
     }
 
 

@@ -64,11 +64,13 @@ class Scenes:
 
     Args:
         seed: of the run.
-        masks, stuff: add the digits' masks, and the semantic labels of Panoptic FPN.
+        masks: add the digits' masks.
+        labels: add a class for each pixel: of Panoptic FPN, "panoptic", where all digits are one;
+            of Semantic FPN, "sem_seg"; or none, "".
     """
 
-    def __init__(self, seed: int, masks: bool = False, stuff: bool = False):
-        self.seed, self.masks, self.stuff = seed, masks, stuff
+    def __init__(self, seed: int, masks: bool = False, labels: str = ""):
+        self.seed, self.masks, self.labels = seed, masks, labels
 
     def __call__(self, record: dict) -> dict:
         rng = np.random.default_rng([self.seed, record["image_id"]])
@@ -85,9 +87,11 @@ class Scenes:
         if self.masks:
             instances.gt_masks = bits
         sample["instances"] = instances
-        if self.stuff:
-            labels = torch.full((SIZE, SIZE), 1 + ground)
-            labels[masks.any(0)] = 0
+        if self.labels:
+            things = len(digits.CLASSES) if self.labels == "sem_seg" else 1
+            labels = torch.full((SIZE, SIZE), things + ground)
+            for (label, _), mask in zip(found, masks, strict=True):
+                labels[mask] = label if self.labels == "sem_seg" else 0
             sample["sem_seg"] = labels
         return sample
 
@@ -102,7 +106,7 @@ def register() -> None:
             lambda folder, fill=fill: digits.make_whole(folder, fill),
             GROUNDS,
         )
-    for form in ("", "_panoptic"):
+    for form in ("", "_panoptic", "_sem_seg"):
         name = f"scenes_train{form}"
         DatasetCatalog.register(
             name,
@@ -113,9 +117,9 @@ def register() -> None:
         )
         val = MetadataCatalog.get(f"scenes_val{form}")
         MetadataCatalog.get(name).set(
-            thing_classes=val.thing_classes,
             evaluator_type=val.evaluator_type,
             made_on_first_use=True,
+            **{kind: val.get(kind) for kind in ("thing_classes", "stuff_classes") if val.get(kind)},
         )
 
 

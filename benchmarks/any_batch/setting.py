@@ -205,6 +205,19 @@ PIPELINES = {
         MODEL.SEM_SEG_HEAD.LOSS_WEIGHT 0.5 DATASETS.TRAIN ('scenes_train_panoptic',)
         DATASETS.TEST ('scenes_val_panoptic',)""",
     ),
+    "semantic_fpn": (
+        "sem_seg",
+        "mIoU",
+        """MODEL.META_ARCHITECTURE SemanticSegmentor MODEL.SEM_SEG_HEAD.NUM_CLASSES 25
+        MODEL.SEM_SEG_HEAD.CONVS_DIM 32 DATASETS.TRAIN ('scenes_train_sem_seg',)
+        DATASETS.TEST ('scenes_val_sem_seg',)""",
+    ),
+    # Ours, without ImageNet's weights.
+    "faster_rcnn_swin": (
+        "bbox",
+        "AP",
+        "MODEL.BACKBONE.NAME build_thin_swin_fpn_backbone MODEL.WEIGHTS ''",
+    ),
 }
 PARTS = ("PQ_th", "PQ_st")  # of PQ: things and stuff
 SETTING = """
@@ -244,12 +257,12 @@ def config(run: Run, folder: str) -> CfgNode:
     arm, (*_, pipeline) = ARMS[run.arm], PIPELINES[run.pipeline]
     steps = ",".join(str(round(run.iterations * drop)) for drop in DROPS)
     opts = [
-        *SETTING, *pipeline.split(), *f"""
+        *SETTING, *f"""
         MODEL.WEIGHTS {weights()} SEED {run.seed} OUTPUT_DIR {folder}
         SOLVER.BASE_LR {run.lr} SOLVER.IMS_PER_BATCH {run.batch}
         SOLVER.MICRO_BATCH_SIZE {min(UNIT, run.batch // 2)}
         SOLVER.MAX_ITER {run.iterations} SOLVER.STEPS ({steps},)
         SOLVER.WARMUP_ITERS {round(run.iterations * WARMUP)} AGVM.BASE_BATCH_SIZE {BASE}
-        """.split(), *arm.options.split(), *run.options.split(),
+        """.split(), *pipeline.split(), *arm.options.split(), *run.options.split(),
     ]  # fmt: skip
     return read_config(str(ROOT / "configs/Base-RCNN-FPN-Digits.yaml"), opts)

@@ -11,8 +11,8 @@ from .scenes import Scenes
 
 
 def mapper(cfg: CfgNode) -> Scenes:
-    stuff = cfg.MODEL.META_ARCHITECTURE in ("PanopticFPN", "SemanticSegmentor")
-    return Scenes(cfg.SEED, cfg.MODEL.MASK_ON, stuff)
+    labels = {"PanopticFPN": "panoptic", "SemanticSegmentor": "sem_seg"}
+    return Scenes(cfg.SEED, cfg.MODEL.MASK_ON, labels.get(cfg.MODEL.META_ARCHITECTURE, ""))
 
 
 class Trainer(study.Trainer):

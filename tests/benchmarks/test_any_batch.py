@@ -44,7 +44,7 @@ def test_a_record_is_the_same_image_for_a_seed_and_another_for_another(offline):
 
 
 def test_labels_are_those_of_the_digits(offline):
-    sample = scenes.Scenes(1, masks=True, stuff=True)(record(7))
+    sample = scenes.Scenes(1, masks=True, labels="panoptic")(record(7))
     found = sample["instances"]
     assert sample["image"].shape == (3, 64, 64) and sample["image"].dtype == torch.uint8
     assert len(found) >= 1 and set(found.gt_classes.tolist()) <= set(range(10))
@@ -54,6 +54,10 @@ def test_labels_are_those_of_the_digits(offline):
     stuff = sample["sem_seg"]
     assert torch.equal(stuff == 0, found.gt_masks.tensor.any(0))
     assert len(stuff.unique()) == 2 and stuff.max() in (1, 2)  # one of two photographs
+    of_class = scenes.Scenes(1, labels="sem_seg")(record(7))["sem_seg"]
+    assert (of_class[stuff == 0] < 10).all() and (of_class[stuff > 0] == 9 + stuff.max()).all()
+    for mask, label in zip(found.gt_masks.tensor, found.gt_classes):
+        assert (of_class[mask] == label).all()
 
 
 @pytest.mark.parametrize("arm", setting.ARMS)
