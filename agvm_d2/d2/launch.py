@@ -191,6 +191,8 @@ def _spawned(local_rank: int, main: Callable, args: Namespace, url: str) -> None
 
 def _join(local_rank: int, main: Callable, args: Namespace, url: str) -> None:
     size = args.num_gpus
+    if "OMP_NUM_THREADS" not in os.environ:  # else each worker has a thread for every core
+        torch.set_num_threads(max(1, torch.get_num_threads() // size))
     rank = args.machine_rank * size + local_rank
     _work(main, args, Worker(rank, local_rank, size * args.num_machines, size, url))
 

@@ -1,9 +1,14 @@
 """Workers of several machines, of torchrun and of Slurm: the bits of one machine's."""
 
 import socket
+import subprocess
+import sys
+from argparse import Namespace
 import pytest
 import torch
 from helpers import DIGITS, finish, start
+
+from agvm_d2.d2.launch import launch
 
 SHORT = (
     "SOLVER.IMS_PER_BATCH 8 SOLVER.MICRO_BATCH_SIZE 0 SOLVER.MAX_ITER 3 SOLVER.WARMUP_ITERS 1 "
@@ -40,6 +45,27 @@ def same(one, other):
     assert any(abs(f - 1) > 1e-3 for f in hooks[0]["factors"])
     for name, value in one["model"].items():
         assert torch.equal(value, other["model"][name]), name
+
+
+def write_threads(args):
+    rank = torch.distributed.get_rank()
+    (args.folder / str(rank)).write_text(str(torch.get_num_threads()))
+
+
+def threads_of_workers(folder):
+    args = {"num_gpus": 2, "num_machines": 1, "machine_rank": 0, "dist_url": "auto"}
+    launch(write_threads, Namespace(folder=folder, **args), None)
+    return [int((folder / str(rank)).read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("given", [None, "2"], ids=["shared", "given"])
+def test_threads_of_workers(given, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    one = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
+    alone = int(subprocess.run(one, capture_output=True, check=True).stdout)
+    assert threads_of_workers(tmp_path) == 2 * [alone if given else max(1, alone // 2)]
 
 
 def all_of(processes):
