@@ -40,7 +40,7 @@ GRID: list[Run] = [
         for batch in (128, 64, 256)
         for pipeline in BOTH
     ),
-    # The one that diverges, with the gradient's norm clipped at four times its median.
+    # The one that diverges, with the gradient's norm clipped at about four times its usual value.
     Run("panoptic_fpn", "gain_least", 64, LR, 3, options=LOOSE_CLIP),
     # One gain for the whole model; and its gain as the clock of module-wise AdaScale.
     *(Run(pipeline, "whole", 128, LR, seed) for seed in SEEDS for pipeline in BOTH),
@@ -83,6 +83,6 @@ GRID: list[Run] = [
     Run("faster_rcnn_swin", "adamw", BASE, 0.001, 1),
     Run("faster_rcnn_swin", "gain_least_adamw", 128, 0.001, 1),
     *runs("gain_decay", 128, LR),
-    # As many images at the base batch as by the model's clock at 128.
+    # As many images at the base batch as by the smallest gain at 128.
     *runs("sgd", BASE, LR, iterations=TOOK["faster_rcnn"] * 128 // BASE),
 ]
