@@ -18,6 +18,7 @@ from agvm_d2.agvm import build_tap
 from agvm_d2.modules import assign_modules
 from agvm_d2.shards import is_sharded, local_part, shard_like, whole_state
 from agvm_d2.solver import clip_gradients, skip_nonfinite_steps
+from agvm_d2.solver.clip import AVERAGE
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 if not hasattr(fsdp, "fully_shard"):
@@ -372,20 +373,24 @@ def test_all_workers_skip_a_step_that_is_not_finite_in_one_shard(workers):
     assert workers(2).run(_nan_on_one_worker) == [True, True]
 
 
-def _clipped(kind):
+def _clipped(kind, value):
     model, whole = shard(ToyDetector(width=WIDTH)), ToyDetector(width=WIDTH)
     for m in (model, whole):
-        optimizer = torch.optim.SGD(m.parameters(), lr=0.1)
-        clip_gradients(optimizer, kind, 0.05)
-        loss(m, batch(4, scale=10.0)).backward()
-        optimizer.step()
+        optimizer = torch.optim.SGD(m.parameters(), lr=1e-4)
+        clip_gradients(optimizer, kind, value)
+        for scale in (1.0, 10.0):
+            optimizer.zero_grad()
+            loss(m, batch(4, scale=scale)).backward()
+            optimizer.step()
     weights = whole_state(model.state_dict(), True)
     return [(weights[n] - p).abs().max().item() for n, p in whole.named_parameters()]
 
 
-@pytest.mark.parametrize("kind", ["value", "norm", "full_model"])
-def test_clipping_is_that_of_the_whole_model(workers, kind):
-    assert max(workers(2).run(_clipped, kind)[0]) < 1e-6
+@pytest.mark.parametrize(
+    "kind, value", [("value", 0.05), ("norm", 0.05), ("full_model", 0.05), ("relative", 1.1)]
+)
+def test_clipping_is_that_of_the_whole_model(workers, kind, value):
+    assert max(workers(2).run(_clipped, kind, value)[0]) < 1e-6
 
 
 def _round_trip(placed_on):
@@ -415,21 +420,23 @@ def test_states_are_made_whole_and_cut_again(workers, placed_on):
     assert torch.equal(first["a"][0], torch.arange(20.0).view(5, 4))
 
 
-def _torch_s_own_state_dict():
+def _torch_s_own_state_dict(kind):
     """torch.distributed.checkpoint's makes the optimizer's state by a step of its own."""
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     model = shard(ToyDetector(width=WIDTH))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    clip_gradients(optimizer, "full_model", 1.0, iter_range=(0, 5))
+    clip_gradients(optimizer, kind, 1.1, iter_range=() if kind == "relative" else (0, 5))
     agvm = AGVM(model, split_param_groups(optimizer, model), max_iter=10)
     agvm.attach()
     _, state = get_state_dict(model, optimizer)
-    return len(state["state"]), agvm.progress
+    average = optimizer.param_groups[0].get(AVERAGE, torch.zeros(2))
+    return len(state["state"]), agvm.progress, average.tolist()
 
 
-def test_torch_s_own_state_dict_is_taken_outside_of_training(workers):
-    assert workers(2).run(_torch_s_own_state_dict) == [(10, 0.0)] * 2
+@pytest.mark.parametrize("kind", ["full_model", "relative"])
+def test_torch_s_own_state_dict_is_taken_outside_of_training(workers, kind):
+    assert workers(2).run(_torch_s_own_state_dict, kind) == [(10, 0.0, [0, 0])] * 2
 
 
 # What is refused

@@ -19,7 +19,9 @@ from ..validate import holds, is_int, is_number, require
 
 logger = logging.getLogger("detectron2.agvm_d2")
 
-CLIP_TYPES = ("value", "norm", "full_model")
+CLIP_TYPES = ("value", "norm", "full_model", "relative")
+MEMORY = 0.98  # of the average that "relative" clips by: about 50 steps
+AVERAGE = "average_norm"  # the first param group's key for it, so that checkpoints have it
 
 MAX_SKIPPED = 20  # steps in a row, or
 MAX_SHARE = 50  # of the last 100: the model has diverged
@@ -59,6 +61,10 @@ def check_clip(values: Mapping[str, Any], key: Callable[[str], str] = str) -> No
     for name, value in values.items():
         condition, need = CLIP[name]
         require(holds(condition, value), key(name), value, need)
+    if values.get("clip_type") == "relative" and "clip_value" in values:
+        value = values["clip_value"]
+        need = "be above 1 where the type is 'relative': times the usual norm, such as 4.0"
+        require(value > 1, key("clip_value"), value, need)
 
 
 def clip_gradients(
@@ -71,7 +77,10 @@ def clip_gradients(
     """Clip gradients just before each step of `optimizer`.
 
     Args:
-        clip_type: "value", "norm" (of each parameter), or "full_model" (of all together).
+        clip_type: "value", "norm" (of each parameter), "full_model" (of all together), or
+            "relative": that of all together to `clip_value` times its moving average, so that one
+            value is for any model. AutoClip (Seetharaman et al. 2020, arXiv 2007.14469) takes a
+            percentile of all norms so far instead. The average is in the optimizer's state.
         iter_range: clip in iterations [first, last) only, those of Detectron2's EventStorage.
 
     Raises:
@@ -90,6 +99,8 @@ def clip_gradients(
             return
         if clip_type == "full_model":
             clip_grad_norm_(params, clip_value, norm_type)
+        elif clip_type == "relative":
+            _clip_relative(optimizer.param_groups[0], params, clip_value, norm_type)
         elif clip_type == "norm":
             for param in params:
                 clip_grad_norm_(param, clip_value, norm_type)
@@ -97,6 +108,27 @@ def clip_gradients(
             clip_grad_value_(params, clip_value)
 
     optimizer.register_step_pre_hook(clip_now)
+
+
+@torch.no_grad()
+def _clip_relative(
+    group: dict[str, Any], params: list[torch.Tensor], multiple: float, norm_type: float
+) -> None:
+    """All on the device: nothing waits for the norm."""
+    norm = clip_grad_norm_(params, math.inf, norm_type)  # times 1
+    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).float()
+    known = norm.isfinite() & (norm > 0)
+    average, steps = group.get(AVERAGE, torch.zeros(2)).to(norm).unbind()
+    limit = (multiple * average).where(steps > 0, math.inf)
+    steps = steps + known
+    share = (1 / steps).clamp(min=1 - MEMORY)  # the mean of the first steps
+    # Of what is left of it, so that one huge gradient does not let the next through.
+    new = average + share * (torch.minimum(norm, limit) - average)
+    group[AVERAGE] = torch.stack([new.where(known, average), steps])
+    factor = (limit / (norm + 1e-6)).clamp(max=1)
+    for param in params:
+        if param.grad is not None:
+            local_part(param.grad).mul_(factor.to(param.grad.device))
 
 
 def _iteration(params: list[torch.Tensor]) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+import torch
 
 from . import __doc__ as description
 from .figures import draw
-from .plan import GRID
+from .plan import GRID, GRID_ON_GPU
 from .run import RESULTS, do_run, grid, read
 from .setting import ARMS, ITERATIONS, PIPELINES, ROOT, Run
 from .tables import DOCUMENT, report, write
@@ -48,7 +49,12 @@ def main() -> None:
         row = do_run(Run(**{key: getattr(args, key) for key in Run._fields}), args.results)
         print(json.dumps({k: v for k, v in row.items() if k != "curves"}))
     else:
-        grid(GRID, args.results, args.jobs, args.minutes)
+        grid(
+            [*GRID, *(GRID_ON_GPU if torch.cuda.is_available() else ())],
+            args.results,
+            args.jobs,
+            args.minutes,
+        )
 
 
 if __name__ == "__main__":

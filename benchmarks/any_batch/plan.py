@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from .setting import BASE, ITERATIONS, Run
+from .setting import BASE, ITERATIONS, ON_GPU, Run
 
 SEEDS = (1, 2, 3)
 LOOSE_CLIP = "SOLVER.CLIP_GRADIENTS.ENABLED True SOLVER.CLIP_GRADIENTS.CLIP_VALUE 10.0"
+# The norm to at most four times its moving average: a value for any model.
+RELATIVE_CLIP = (
+    "SOLVER.CLIP_GRADIENTS.ENABLED True SOLVER.CLIP_GRADIENTS.CLIP_TYPE relative "
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE 4.0"
+)
 LR = 0.02  # of the base, which 0.04 does not beat by more than seeds may differ
 # Iterations at batch 128 of first runs, those of the controls: by the smallest gain, and by the
 # model's gain, the clock before it.
@@ -28,6 +33,11 @@ def controls(arm: str, *lrs: float) -> list[Run]:
     return runs(arm, 128, *lrs, iterations=TOOK["faster_rcnn"])
 
 
+def same_epochs(arm: str, *lrs: float, seeds: tuple[int, ...] = (1,)) -> list[Run]:
+    """At batch 128, as many images as the base."""
+    return runs(arm, 128, *lrs, seeds=seeds, iterations=ITERATIONS * BASE // 128)
+
+
 BOTH = "faster_rcnn", "panoptic_fpn"
 
 GRID: list[Run] = [
@@ -40,24 +50,29 @@ GRID: list[Run] = [
         for batch in (128, 64, 256)
         for pipeline in BOTH
     ),
-    # The one that diverges, with the gradient's norm clipped at about four times its usual value.
+    # Those that diverge, with the gradient's norm clipped at about four times its usual value.
     Run("panoptic_fpn", "gain_least", 64, LR, 3, options=LOOSE_CLIP),
+    *(
+        Run("panoptic_fpn", "gain_least", batch, LR, seed, options=RELATIVE_CLIP)
+        for batch, seed in ((256, 2), (64, 3))
+    ),
     # One gain for the whole model; and its gain as the clock of module-wise AdaScale.
     *(Run(pipeline, "whole", 128, LR, seed) for seed in SEEDS for pipeline in BOTH),
     *(run for batch in (64, 128, 256) for run in runs("gain", batch, LR, seeds=SEEDS)),
     *(Run("panoptic_fpn", "gain", 128, LR, seed) for seed in SEEDS[:2]),
     # Controls with as many iterations, and with as many images as the base.
-    *(Run(p, arm, 128, 2 * LR, 1, TOOK[p]) for arm in ("sgd", "agvm") for p in BOTH),
+    *(
+        Run(p, arm, 128, lr, 1, TOOK[p])
+        for arm in ("sgd", "agvm")
+        for lr in (LR, 2 * LR)
+        for p in BOTH
+    ),
     *rivals("sgd", 2 * LR),
     *(
         Run("panoptic_fpn", "sgd", 128, lr, 1, TOOK_BY_MODEL["panoptic_fpn"])
         for lr in (2 * LR, 4 * LR)
     ),
-    *(
-        run
-        for arm in ("sgd", "agvm")
-        for run in runs(arm, 128, 2 * LR, iterations=ITERATIONS * BASE // 128)
-    ),
+    *(run for arm in ("sgd", "agvm") for run in same_epochs(arm, LR)),
     *runs("gain_profile", 128, LR),
     # Adam's rule: the gain or its root.
     *runs("adamw", BASE, 0.001, 0.0005, 0.002),
@@ -66,14 +81,17 @@ GRID: list[Run] = [
     # The rivals.
     *rivals("adamw", 0.002, 0.001),
     *rivals("adamw_scaled", 0.002, 0.001),
-    *rivals("muon", 0.01, 0.002, 0.001),
+    *rivals("muon", 0.01),
+    # Muon: the base's epochs are enough for it. Its own base, and by the gain.
+    *same_epochs("muon", 0.002, seeds=SEEDS),
+    *same_epochs("muon", 0.004),
+    *runs("muon", BASE, 0.001, 0.002),
+    *runs("gain_least_muon", 128, 0.001),
     *rivals("sam", 2 * LR, LR),
     *rivals("lamb", 0.004, 0.008, 0.002),
     *rivals("sgd_3", 2 * LR),
     *controls("sgd_3", LR),
-    *controls("sgd_soft", 2 * LR),
-    *controls("sgd", LR, 4 * LR),
-    *controls("agvm", LR),
+    *controls("sgd_soft", LR),
     # Other pipelines.
     *(
         run
@@ -85,4 +103,19 @@ GRID: list[Run] = [
     *runs("gain_decay", 128, LR),
     # As many images at the base batch as by the smallest gain at 128.
     *runs("sgd", BASE, LR, iterations=TOOK["faster_rcnn"] * 128 // BASE),
+]
+
+# Many side by side in ten minutes of a GPU.
+GRID_ON_GPU: list[Run] = [
+    run._replace(options=ON_GPU)
+    for arm, lrs in {
+        "sgd": (2 * LR,),
+        "agvm": (2 * LR, 4 * LR),
+        "sam": (2 * LR,),
+        "adamw": (0.001, 0.002),
+        "adamw_scaled": (0.001,),
+        "lamb": (0.004, 0.008),
+        "muon": (0.001, 0.002),
+    }.items()
+    for run in same_epochs(arm, *lrs)
 ]

@@ -84,9 +84,15 @@ def train(run: Run, folder: Path) -> dict:
         "curvature": {} if curvature is None else curvature.found,
         "noise_curvature": {} if curvature is None else curvature.of_noise,
         "torch": torch.__version__,
-        "machine": f"{study.cpu()}, 1 thread",
+        "machine": machine(cfg.MODEL.DEVICE),
         "weights_hash": weights_hash() if cfg.MODEL.WEIGHTS else "none",
     }
+
+
+def machine(device: str) -> str:
+    if device == "cpu":
+        return f"{study.cpu()}, 1 thread"
+    return torch.cuda.get_device_name()
 
 
 def evaluate_seen(cfg: CfgNode, model: nn.Module) -> dict:

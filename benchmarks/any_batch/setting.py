@@ -105,6 +105,7 @@ def weights_hash() -> str:
         return hashlib.sha256(f.read()).hexdigest()[:12]
 
 
+ON_GPU = "MODEL.DEVICE cuda"  # a run's option
 BASE = 32  # images of the base batch
 UNIT = 32  # images of a micro-batch; of the base batch, half
 ITERATIONS = 3000  # of the base batch
@@ -144,6 +145,7 @@ class Arm(NamedTuple):
     by_model: bool = False  # by the whole model's gain, not the smallest module's
     profile: bool = False  # times what `hooks.Profile` learns
     keep_decay: bool = False  # factors stay as they are at the first drop of the learning rate
+    start: float = 0.0  # share of training from which AGVM measures
 
 
 GAIN = "AGVM.RULE gain AGVM.SCHEDULE gain"
@@ -152,6 +154,7 @@ ONE_MODULE = "AGVM.MODULES (('all','.'),)"
 MONITOR = "AGVM.MODE monitor"
 SOFT = "SOLVER.GAMMA 0.25"
 ADAMW = "SOLVER.OPTIMIZER ADAMW SOLVER.WEIGHT_DECAY 0.05"
+MUON = "SOLVER.OPTIMIZER MUON SOLVER.MOMENTUM 0.95"
 CLIPPED = "SOLVER.CLIP_GRADIENTS.ENABLED True"
 ARMS = {
     "sgd": Arm("SGD", MONITOR),
@@ -170,7 +173,7 @@ ARMS = {
     "gain": Arm("module-wise AdaScale, model's clock", GAIN, **BY_MODEL),
     "gain_profile": Arm("learnt profile, model's clock", GAIN, **BY_MODEL, profile=True),
     "sgd_clipped": Arm("SGD, clipped", f"{MONITOR} {CLIPPED}"),
-    "agvm": Arm("AGVM", "AGVM.RULE variance AGVM.START_ITER 300"),
+    "agvm": Arm("AGVM", "AGVM.RULE variance", start=0.14),  # as the paper
     "adamw": Arm("AdamW", f"{MONITOR} {ADAMW}"),
     # At four times the batch (Malladi et al. 2022); with the learning rate times 2.
     "adamw_scaled": Arm(
@@ -179,7 +182,8 @@ ARMS = {
     ),
     "lamb": Arm("LAMB", f"{MONITOR} SOLVER.OPTIMIZER LAMB SOLVER.WEIGHT_DECAY 0.05"),
     "sam": Arm("SAM", "AGVM.ENABLED False"),  # see sam.py
-    "muon": Arm("Muon", f"{MONITOR} SOLVER.OPTIMIZER MUON SOLVER.MOMENTUM 0.95"),
+    "muon": Arm("Muon", f"{MONITOR} {MUON}"),
+    "gain_least_muon": Arm("module-wise AdaScale on Muon", f"{GAIN} {MUON}", by_gain=True),
     "gain_least_adamw": Arm("module-wise AdaScale on AdamW", f"{GAIN} {ADAMW}", by_gain=True),
     "gain_adamw": Arm(
         "module-wise AdaScale on AdamW, model's clock", f"{GAIN} {ADAMW}", **BY_MODEL
@@ -233,7 +237,7 @@ SETTING = """
     SOLVER.WEIGHT_DECAY 0.0001 SOLVER.CHECKPOINT_PERIOD 1000000
     DATALOADER.CHECK_DATASETS False DATALOADER.ASPECT_RATIO_GROUPING False
     DATASETS.TRAIN ('scenes_train',) DATASETS.TEST ('scenes_val',)
-    AGVM.INTERVAL 5 AGVM.MOMENTUM 0.9 AGVM.START_ITER 0
+    AGVM.INTERVAL 5 AGVM.MOMENTUM 0.9
 """.split()
 
 
@@ -263,6 +267,7 @@ def config(run: Run, folder: str) -> CfgNode:
         SOLVER.MICRO_BATCH_SIZE {min(UNIT, run.batch // 2)}
         SOLVER.MAX_ITER {run.iterations} SOLVER.STEPS ({steps},)
         SOLVER.WARMUP_ITERS {round(run.iterations * WARMUP)} AGVM.BASE_BATCH_SIZE {BASE}
+        AGVM.START_ITER {round(run.iterations * arm.start)}
         """.split(), *pipeline.split(), *arm.options.split(), *run.options.split(),
     ]  # fmt: skip
     return read_config(str(ROOT / "configs/Base-RCNN-FPN-Digits.yaml"), opts)

@@ -10,7 +10,7 @@ from agvm_d2.plan import Measured, predict
 from agvm_d2.variance import gain_of
 
 from .curvature import MODEL
-from .setting import ARMS, BASE, ITERATIONS, PARTS, ROOT, Run
+from .setting import ARMS, BASE, ITERATIONS, ON_GPU, PARTS, ROOT, Run
 
 DOCUMENT = ROOT / "docs/evidence-tables.md"
 BEGIN, END = "<!-- from python -m benchmarks.any_batch tables -->\n", "<!-- end of any_batch -->\n"
@@ -65,18 +65,19 @@ def all_runs(cells: Cells) -> str:
         good = ended(rows)
         diverged, rows = len(rows) - len(good), good or rows
         accuracy, took = ([row[key] for row in rows] for key in ("accuracy", "took"))
-        kept = statistics.fmean(accuracy) / statistics.fmean(whole) if base else float("nan")
+        kept = statistics.fmean(accuracy) / statistics.fmean(whole) if base else None
+        options = run.options.replace(ON_GPU, "").strip()
         lines.append(
             [
                 run.pipeline,
                 str(run.batch),
-                ARMS[run.arm].label + (f", `{run.options}`" if run.options else ""),
+                ARMS[run.arm].label + (f", `{options}`" if options else ""),
                 f"{run.lr:g}",
                 spread(took, ".0f"),
                 f"{statistics.fmean(took) / ITERATIONS:.2f}",
                 f"{statistics.fmean(took) * run.batch / (ITERATIONS * BASE):.1f}",
                 spread(accuracy) + f" ({len(good)})" + bool(diverged) * f", {diverged} diverged",
-                f"{100 * kept:.0f} %",
+                "–" if kept is None else f"{100 * kept:.0f} %",
             ]
         )
     head = ["pipeline", "batch", "method", "LR", "iterations", "/ base's", "images / base's"]
@@ -266,18 +267,33 @@ def corrected_gain(cells: Cells, batch: int = 128) -> str:
     return table([*head, "noise scale", "gain", "corrected", "its gain", "seeds"], lines)
 
 
+def where(rows: Rows) -> str:
+    """On what runs were made, and from which weights."""
+    machine, version, hashes = (
+        ", ".join(sorted({row[key] for row in rows.values()}))
+        for key in ("machine", "torch", "weights_hash")
+    )
+    return f"{machine}; torch {version}; hash of the first weights {hashes}"
+
+
+def on_gpu(rows: Rows) -> str:
+    """Those of another machine and torch, among themselves: their base is not there."""
+    text = f"Many side by side on one GPU ({where(rows)}). Compare them with each other only.\n\n"
+    return text + all_runs(by_cell(rows))
+
+
 def report(rows: Rows) -> str:
+    gpu = {run: row for run, row in rows.items() if ON_GPU in run.options}
+    rows = {run: row for run, row in rows.items() if run not in gpu}
     cells = by_cell(rows)
     seconds = sum(row["seconds"] for row in rows.values())
-    hashes = sorted({row["weights_hash"] for row in rows.values()})
     return "\n".join(
         [
-            f"{len(rows)} runs, {seconds / 3600:.1f} hours of one core "
-            f"({', '.join(sorted({row['machine'] for row in rows.values()}))}; torch "
-            f"{', '.join(sorted({row['torch'] for row in rows.values()}))}; hash of the first "
-            f"weights {', '.join(hashes)}). The base: batch {BASE}, {ITERATIONS:,} iterations, at "
-            "the learning rate of SGD's that did best there.\n",
+            f"{len(rows)} runs, {seconds / 3600:.1f} hours of one core ({where(rows)}). The base: "
+            f"batch {BASE}, {ITERATIONS:,} iterations, at the learning rate of SGD's that did best "
+            "there.\n",
             all_runs(cells),
+            *(("\n### On a GPU\n", on_gpu(gpu)) if gpu else ()),
             "\n### Panoptic FPN in parts\n",
             "PQ, and on new images of the glyphs and parts of photographs that training sees. "
             "Of runs since this is measured.\n",

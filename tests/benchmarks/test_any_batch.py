@@ -21,7 +21,7 @@ from agvm_d2.data import digits
 from agvm_d2.moments import pairwise_moments
 from agvm_d2.rules import RULES
 from benchmarks.any_batch import curvature, figures, hooks, run, scenes, setting, tables
-from benchmarks.any_batch.plan import GRID
+from benchmarks.any_batch.plan import GRID, GRID_ON_GPU
 
 
 @pytest.fixture
@@ -265,6 +265,8 @@ def test_the_tables_by_hand(tmp_path):
     rows[base]["curvature"] = {"1000": {"backbone": 4.0, "rpn": 2.0}}
     rows[base]["noise_curvature"] = {"1000": {"backbone": 1.0, "rpn": -1.0}}
     rows[base]["curves"] |= {"noise_scale/backbone": [128.0] * 3, "noise_scale/rpn": [64.0] * 3}
+    on_gpu = gain._replace(arm="muon", options=setting.ON_GPU)
+    rows[on_gpu] = {**row(on_gpu, 48.0, 750), "machine": "gpu", "torch": "1"}
     figures.draw(rows, tmp_path)
     assert (tmp_path / "any_batch.png").stat().st_size > 10_000
     text = tables.report(rows)
@@ -277,6 +279,8 @@ def test_the_tables_by_hand(tmp_path):
     )
     assert wanted in text
     assert "| SGD | 0.04 | 3000 | 1.00 | 1.0 | 40.0 (1) | 87 % |" in text
+    assert "one GPU (gpu; torch 1; hash of the first weights h)" in text
+    assert "| faster_rcnn | 128 | Muon | 0.02 | 750 | 0.25 | 1.0 | 48.0 (1) | – |" in text
     # The RPN's (1 + 64/32)/(1 + 64/128) = 2; 45 (2 - 1) of progress is missing at the start.
     assert f"| 0.02 | {math.ceil((3000 + 45) / 2)}" in text.split("plan / took")[1]
     assert "| 32 | SGD | 0.02 | 30.0 (1) | 50.0 (1) | 31.0 (1) | 80.0 (1) |" in text
@@ -314,9 +318,10 @@ def test_the_page_holds_what_the_runs_say():
 
 
 def test_the_grid_has_each_run_once_and_all_that_are_done():
-    assert len(set(GRID)) == len(GRID)
-    assert set(run.read()) <= set(GRID)
-    for wanted in GRID:
+    every = [*GRID, *GRID_ON_GPU]
+    assert len(set(every)) == len(every)
+    assert set(run.read()) <= set(every)
+    for wanted in every:
         arm = setting.ARMS[wanted.arm]
         assert wanted.pipeline in setting.PIPELINES
         # By the gain, iterations are the base's; a control at a larger batch has fewer.

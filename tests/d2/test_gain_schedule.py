@@ -148,7 +148,14 @@ class Continued(ToyTrainer):
         return loader
 
 
-@pytest.mark.parametrize("options", [{}, {"SOLVER__LR_SCHEDULER_NAME": "WarmupCosineLR"}])
+CLIPPED = {
+    "SOLVER__CLIP_GRADIENTS__ENABLED": True,
+    "SOLVER__CLIP_GRADIENTS__CLIP_TYPE": "relative",
+    "SOLVER__CLIP_GRADIENTS__CLIP_VALUE": 1.01,
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"SOLVER__LR_SCHEDULER_NAME": "WarmupCosineLR"}, CLIPPED])
 @pytest.mark.parametrize("k", [1, 4, 9])
 def test_a_resumed_run_has_the_same_bits_and_ends_at_the_same_iteration(k, options, tmp_path):
     whole, watch = run(tmp_path / "a", SOLVER__CHECKPOINT_PERIOD=1, **options)

@@ -9,6 +9,7 @@ from toy_d2 import toy_config
 
 from agvm_d2 import build_optimizer
 from agvm_d2.solver import clip_gradients, skip_nonfinite_steps
+from agvm_d2.solver.clip import AVERAGE
 
 # Clipping
 
@@ -60,6 +61,82 @@ def test_clipping_only_in_its_window(tmp_path, iteration, clipped):
     cfg = clip_config(tmp_path, "full_model", SOLVER__CLIP_GRADIENTS__ITER_RANGE=(10, 20))
     norm = torch.cat([g.flatten() for g in clipped_gradients(cfg, ToyDetector(), iteration)]).norm()
     assert (norm <= 0.1001) == clipped
+
+
+class Scripted:
+    """One parameter of two numbers, whose gradient is as given; SGD with learning rate 1."""
+
+    def __init__(self, **options):
+        self.param = nn.Parameter(torch.zeros(2))
+        self.optimizer = torch.optim.SGD([self.param], lr=1.0)
+        clip_gradients(self.optimizer, "relative", 4.0, **options)
+
+    def step(self, norm):
+        """The norm that is left of a gradient of `norm`."""
+        self.param.data.zero_()
+        self.param.grad = norm * torch.tensor([0.6, 0.8])
+        self.optimizer.step()
+        return float(self.param.detach().norm())
+
+    @property
+    def average(self):
+        return self.optimizer.param_groups[0][AVERAGE].tolist()
+
+
+def test_relative_clips_to_a_multiple_of_the_average():
+    run = Scripted()
+    assert run.step(100.0) == pytest.approx(100)  # nothing to hold it against
+    assert run.step(2.0) == pytest.approx(2)
+    assert run.average == pytest.approx([51, 2])  # the mean of the first steps
+    assert run.step(1000.0) == pytest.approx(4 * 51, rel=1e-6)
+    assert run.average == pytest.approx([(102 + 204) / 3, 3])  # of what was left of it
+    for _ in range(60):
+        run.step(3.0)
+    before, _ = run.average
+    run.step(5.0)
+    assert run.average[0] == pytest.approx(0.98 * before + 0.02 * 5, rel=1e-6)
+
+
+def test_a_step_below_the_limit_keeps_its_bits():
+    run = Scripted()
+    run.step(1.0)
+    run.param.grad = grad = torch.tensor([0.123, 1.7])
+    copy = grad.clone()
+    run.optimizer.step()
+    assert torch.equal(grad, copy)
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf, 0.0])
+def test_the_average_leaves_out_what_is_no_norm(norm):
+    run = Scripted()
+    run.step(1.0)
+    run.step(norm)
+    assert run.average == [1, 1]
+    assert run.step(10.0) == pytest.approx(4)
+
+
+def test_relative_takes_other_norms():
+    run = Scripted(norm_type=math.inf)
+    run.step(1.0)
+    assert run.average == pytest.approx([0.8, 1])
+
+
+def test_the_average_is_in_the_optimizers_state(tmp_path):
+    straight, saved, resumed = Scripted(), Scripted(), Scripted()
+    for norm in (1.0, 2.0):
+        straight.step(norm)
+        saved.step(norm)
+    torch.save(saved.optimizer.state_dict(), tmp_path / "optimizer.pth")
+    resumed.optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pth", weights_only=True))
+    for norm in (30.0, 1.5, 50.0):
+        assert resumed.step(norm) == straight.step(norm)
+    assert resumed.average == straight.average
+
+
+@pytest.mark.parametrize("value", [1.0, 0.5])
+def test_relative_needs_more_than_the_average_itself(tmp_path, value):
+    with pytest.raises(ValueError, match=rf"CLIP_VALUE: found {value}, .* above 1 .*relative"):
+        build_optimizer(clip_config(tmp_path, "relative", value), ToyDetector())
 
 
 def test_clipping_has_the_same_bits_with_and_without_split_groups(tmp_path):
