@@ -60,6 +60,23 @@ def test_labels_are_those_of_the_digits(offline):
         assert (of_class[mask] == label).all()
 
 
+def test_images_that_are_kept_are_those_that_are_drawn(offline, tmp_path, monkeypatch):
+    draw = scenes.Scenes(1, masks=True, labels="panoptic")
+    drawn = [draw(record(i)) for i in range(20)]
+    monkeypatch.setattr(scenes, "DRAWN", tmp_path)
+    scenes.store.cache_clear()
+    first = [draw(record(i)) for i in range(20)]
+    monkeypatch.setattr(scenes, "scene", None)  # no more
+    for found in (first, [draw(record(i)) for i in range(20)]):
+        for a, b in zip(drawn, found, strict=True):
+            assert torch.equal(a["image"], b["image"]) and torch.equal(a["sem_seg"], b["sem_seg"])
+            one, other = a["instances"], b["instances"]
+            assert torch.equal(one.gt_boxes.tensor, other.gt_boxes.tensor)
+            assert torch.equal(one.gt_classes, other.gt_classes)
+            assert torch.equal(one.gt_masks.tensor, other.gt_masks.tensor)
+    scenes.store.cache_clear()
+
+
 @pytest.mark.parametrize("arm", setting.ARMS)
 def test_every_arm_is_a_config_that_holds(arm, offline):
     for pipeline in setting.PIPELINES:
