@@ -11,6 +11,11 @@ RELATIVE_CLIP = (
     "SOLVER.CLIP_GRADIENTS.ENABLED True SOLVER.CLIP_GRADIENTS.CLIP_TYPE relative "
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE 4.0"
 )
+OPTIONS = {  # in words
+    LOOSE_CLIP: "norm clipped at 10",
+    RELATIVE_CLIP: "norm clipped at 4 × its average",
+    ON_GPU: "",
+}
 LR = 0.02  # of the base, which 0.04 does not beat by more than seeds may differ
 # Iterations at batch 128 of first runs, those of the controls: by the smallest gain, and by the
 # model's gain, the clock before it.

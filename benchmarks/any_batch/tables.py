@@ -10,6 +10,7 @@ from agvm_d2.plan import Measured, predict
 from agvm_d2.variance import gain_of
 
 from .curvature import MODEL
+from .plan import OPTIONS
 from .setting import ARMS, BASE, ITERATIONS, ON_GPU, PARTS, ROOT, Run
 
 DOCUMENT = ROOT / "docs/evidence-tables.md"
@@ -53,6 +54,12 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
+def label(run: Run) -> str:
+    """The method, with what else was changed."""
+    options = OPTIONS.get(run.options, run.options)
+    return ARMS[run.arm].label + (f", {options}" if options else "")
+
+
 def all_runs(cells: Cells) -> str:
     """A row for each cell; the means are of runs that did not diverge, where there are any."""
     lines = []
@@ -66,12 +73,11 @@ def all_runs(cells: Cells) -> str:
         diverged, rows = len(rows) - len(good), good or rows
         accuracy, took = ([row[key] for row in rows] for key in ("accuracy", "took"))
         kept = statistics.fmean(accuracy) / statistics.fmean(whole) if base else None
-        options = run.options.replace(ON_GPU, "").strip()
         lines.append(
             [
                 run.pipeline,
                 str(run.batch),
-                ARMS[run.arm].label + (f", `{options}`" if options else ""),
+                label(run),
                 f"{run.lr:g}",
                 spread(took, ".0f"),
                 f"{statistics.fmean(took) / ITERATIONS:.2f}",
@@ -168,7 +174,7 @@ def in_parts(cells: Cells) -> str:
     for run, rows in sorted(cells.items(), key=lambda cell: (cell[0].batch, cell[0].arm)):
         if not any(row.get("parts") for row in rows):
             continue
-        line = [str(run.batch), ARMS[run.arm].label, f"{run.lr:g}"]
+        line = [str(run.batch), label(run), f"{run.lr:g}"]
         for key in ("parts", "seen_parts"):
             found = [row[key] for row in rows if row.get(key)]
             for part in PARTS:
