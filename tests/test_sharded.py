@@ -426,11 +426,11 @@ def _torch_s_own_state_dict(kind):
 
     model = shard(ToyDetector(width=WIDTH))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    clip_gradients(optimizer, kind, 1.1, iter_range=() if kind == "relative" else (0, 5))
+    clip_gradients(optimizer, kind, 1.1, iter_range=(0, 5))
     agvm = AGVM(model, split_param_groups(optimizer, model), max_iter=10)
     agvm.attach()
     _, state = get_state_dict(model, optimizer)
-    average = optimizer.param_groups[0].get(AVERAGE, torch.zeros(2))
+    average = optimizer.param_groups[0].get(f"{AVERAGE}_2", torch.zeros(2))
     return len(state["state"]), agvm.progress, average.tolist()
 
 

@@ -21,7 +21,8 @@ logger = logging.getLogger("detectron2.agvm_d2")
 
 CLIP_TYPES = ("value", "norm", "full_model", "relative")
 MEMORY = 0.98  # of the average that "relative" clips by: about 50 steps
-AVERAGE = "average_norm"  # the first param group's key for it, so that checkpoints have it
+AVERAGE = "average_norm"  # every param group's key for it, so that checkpoints have it
+LARGEST = torch.finfo(torch.float32).max
 
 MAX_SKIPPED = 20  # steps in a row, or
 MAX_SHARE = 50  # of the last 100: the model has diverged
@@ -93,14 +94,15 @@ def clip_gradients(
 
     def clip_now(*_: Any) -> None:
         unscale(optimizer)
-        if iter_range and not iter_range[0] <= _iteration(params) < iter_range[1]:
-            return
+        inside = not iter_range or iter_range[0] <= _iteration(params) < iter_range[1]
         if all(p.grad is None for p in params):  # a skipped step
             return
-        if clip_type == "full_model":
+        if clip_type == "relative":
+            _clip_relative(optimizer.param_groups, params, clip_value, norm_type, inside)
+        elif not inside:
+            return
+        elif clip_type == "full_model":
             clip_grad_norm_(params, clip_value, norm_type)
-        elif clip_type == "relative":
-            _clip_relative(optimizer.param_groups[0], params, clip_value, norm_type)
         elif clip_type == "norm":
             for param in params:
                 clip_grad_norm_(param, clip_value, norm_type)
@@ -112,21 +114,30 @@ def clip_gradients(
 
 @torch.no_grad()
 def _clip_relative(
-    group: dict[str, Any], params: list[torch.Tensor], multiple: float, norm_type: float
+    groups: list[dict[str, Any]],
+    params: list[torch.Tensor],
+    multiple: float,
+    norm_type: float,
+    clips: bool,
 ) -> None:
-    """All on the device: nothing waits for the norm."""
-    norm = clip_grad_norm_(params, math.inf, norm_type)  # times 1
+    """All on the device: nothing waits for the norm. In a step that it does not clip, it averages
+    all the same."""
+    # Times 1; where the norm overflows, all is 0, and no step is made of it.
+    norm = clip_grad_norm_(params, LARGEST, norm_type)
     norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).float()
     known = norm.isfinite() & (norm > 0)
-    average, steps = group.get(AVERAGE, torch.zeros(2)).to(norm).unbind()
-    limit = (multiple * average).where(steps > 0, math.inf)
+    key = f"{AVERAGE}_{norm_type:g}"
+    average, steps = groups[0].get(key, torch.zeros(2)).to(norm).unbind()
+    limit = (multiple * average).where(steps > 0, LARGEST)
     steps = steps + known
     share = (1 / steps).clamp(min=1 - MEMORY)  # the mean of the first steps
     # Of what is left of it, so that one huge gradient does not let the next through.
     new = average + share * (torch.minimum(norm, limit) - average)
-    group[AVERAGE] = torch.stack([new.where(known, average), steps])
-    factor = (limit / (norm + 1e-6)).clamp(max=1)
-    for param in params:
+    kept = torch.stack([new.where(known, average), steps])
+    for group in groups:  # which is first may change before a resume
+        group[key] = kept
+    factor = (limit / norm).where(norm > limit, 1.0)
+    for param in params if clips else ():
         if param.grad is not None:
             local_part(param.grad).mul_(factor.to(param.grad.device))
 

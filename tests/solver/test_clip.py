@@ -80,7 +80,8 @@ class Scripted:
 
     @property
     def average(self):
-        return self.optimizer.param_groups[0][AVERAGE].tolist()
+        (found,) = (v for k, v in self.optimizer.param_groups[-1].items() if AVERAGE in k)
+        return found.tolist()
 
 
 def test_relative_clips_to_a_multiple_of_the_average():
@@ -104,6 +105,42 @@ def test_a_step_below_the_limit_keeps_its_bits():
     copy = grad.clone()
     run.optimizer.step()
     assert torch.equal(grad, copy)
+
+
+@pytest.mark.parametrize("norm", [1e-8, 3.999])
+def test_a_step_just_below_the_limit_is_whole(norm):
+    run = Scripted()
+    run.step(norm / 3.999)
+    assert run.step(norm) == pytest.approx(norm, rel=1e-6, abs=0)
+
+
+def test_no_step_is_made_of_a_gradient_whose_norm_overflows():
+    run = Scripted()
+    run.step(1.0)
+    assert run.step(1e20) == 0 and run.average == [1, 1]
+
+
+def test_a_window_clips_by_the_norms_before_it_too():
+    run = Scripted(iter_range=(10, 20))
+    for iteration, left in ((8, 1.0), (9, 1000.0), (10, 10.0)):
+        with EventStorage(iteration):
+            assert run.step(left if iteration < 10 else 1000.0) == pytest.approx(left)
+
+
+def test_another_norm_has_an_average_of_its_own():
+    run = Scripted()
+    run.step(1.0)
+    other = Scripted(norm_type=1.0)
+    other.optimizer.load_state_dict(run.optimizer.state_dict())
+    assert other.step(100.0) == pytest.approx(100)
+
+
+def test_groups_in_another_order_keep_the_average():
+    run = Scripted()
+    run.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 0.1})
+    run.step(1.0)
+    state = run.optimizer.state_dict()
+    assert all(any(AVERAGE in key for key in group) for group in state["param_groups"])
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf, 0.0])
