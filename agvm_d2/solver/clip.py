@@ -21,6 +21,7 @@ logger = logging.getLogger("detectron2.agvm_d2")
 
 CLIP_TYPES = ("value", "norm", "full_model", "relative")
 MEMORY = 0.98  # of the average that "relative" clips by: about 50 steps
+GROWTH = 1.5  # times the average: more does not count, so that it hardly follows an explosion
 AVERAGE = "average_norm"  # every param group's key for it, so that checkpoints have it
 LARGEST = torch.finfo(torch.float32).max
 
@@ -128,11 +129,10 @@ def _clip_relative(
     known = norm.isfinite() & (norm > 0)
     key = f"{AVERAGE}_{norm_type:g}"
     average, steps = groups[0].get(key, torch.zeros(2)).to(norm).unbind()
-    limit = (multiple * average).where(steps > 0, LARGEST)
+    limit, most = ((x * average).where(steps > 0, LARGEST) for x in (multiple, GROWTH))
     steps = steps + known
     share = (1 / steps).clamp(min=1 - MEMORY)  # the mean of the first steps
-    # Of what is left of it, so that one huge gradient does not let the next through.
-    new = average + share * (torch.minimum(norm, limit) - average)
+    new = average + share * (torch.minimum(norm, most) - average)
     kept = torch.stack([new.where(known, average), steps])
     for group in groups:  # which is first may change before a resume
         group[key] = kept

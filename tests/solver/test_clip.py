@@ -90,12 +90,24 @@ def test_relative_clips_to_a_multiple_of_the_average():
     assert run.step(2.0) == pytest.approx(2)
     assert run.average == pytest.approx([51, 2])  # the mean of the first steps
     assert run.step(1000.0) == pytest.approx(4 * 51, rel=1e-6)
-    assert run.average == pytest.approx([(102 + 204) / 3, 3])  # of what was left of it
+    assert run.average == pytest.approx([(102 + 1.5 * 51) / 3, 3])  # it hardly follows
     for _ in range(60):
-        run.step(3.0)
+        run.step(50.0)
     before, _ = run.average
-    run.step(5.0)
-    assert run.average[0] == pytest.approx(0.98 * before + 0.02 * 5, rel=1e-6)
+    run.step(51.0)
+    assert run.average[0] == pytest.approx(0.98 * before + 0.02 * 51, rel=1e-6)
+
+
+def test_the_average_grows_slowly_in_an_explosion_and_is_not_stuck_after_a_tiny_first_step():
+    run = Scripted()
+    for _ in range(200):
+        run.step(1.0)
+    for _ in range(40):
+        left = run.step(1000.0)
+    assert 4 < left < 6
+    for _ in range(1000):
+        left = run.step(1000.0)
+    assert left == pytest.approx(1000)
 
 
 def test_a_step_below_the_limit_keeps_its_bits():
@@ -122,7 +134,7 @@ def test_no_step_is_made_of_a_gradient_whose_norm_overflows():
 
 def test_a_window_clips_by_the_norms_before_it_too():
     run = Scripted(iter_range=(10, 20))
-    for iteration, left in ((8, 1.0), (9, 1000.0), (10, 10.0)):
+    for iteration, left in ((8, 1.0), (9, 1000.0), (10, 5.0)):
         with EventStorage(iteration):
             assert run.step(left if iteration < 10 else 1000.0) == pytest.approx(left)
 
