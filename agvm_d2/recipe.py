@@ -35,6 +35,9 @@ IMAGES = {
 DEFAULTS = {"MODE": "modulate", "INTERVAL": -1, "MOMENTUM": -1.0}
 # Iterations to each side of the end of warm-up in which the paper clips.
 CLIP = 100
+# With the gain, throughout: it stops the one huge step by which a run with rates as large as the
+# noise allows would diverge (docs/evidence.md), and leaves all others as they are.
+LOOSE = {"ENABLED": True, "CLIP_TYPE": "relative", "CLIP_VALUE": 4.0}
 # The paper has hardly a run below (Faster R-CNN, batch 1536: 924).
 FEW_ITERATIONS = 900
 
@@ -88,7 +91,8 @@ def recipe(
 
     Args:
         scaling: of `scaled_lr`; by default "sqrt" for Adam, LAMB and Muon, else "linear-sqrt".
-            "gain": SOLVER stays that of `base`, and AGVM.SCHEDULE "gain" does the rest.
+            "gain": SOLVER stays that of `base`, clipped loosely if it does not clip, and
+            AGVM.SCHEDULE "gain" does the rest.
         scale_betas: also Adam's betas and eps, see `adam_scaled`, which goes with "sqrt".
 
     Raises:
@@ -111,7 +115,8 @@ def recipe(
             )
         agvm = {"RULE": "gain", "SCHEDULE": "gain", "BASE_BATCH_SIZE": base.batch}
         agvm = {"ENABLED": True, **agvm, **_changed(base, {**DEFAULTS, "START_ITER": -1})}
-        return {"SOLVER": {"IMS_PER_BATCH": batch}, "AGVM": agvm}
+        solver = {} if base.clip else {"CLIP_GRADIENTS": _clipping(base, LOOSE)}
+        return {"SOLVER": {"IMS_PER_BATCH": batch, **solver}, "AGVM": agvm}
     lr = scaled_lr(batch, scaling, base.lr, base.batch)
     shrink = base.batch / batch
     iterations = round(base.max_iter * shrink)
@@ -122,7 +127,7 @@ def recipe(
         )
     warmup, _ = warm_up(base, batch)
     window = min(CLIP, warmup)
-    clip: dict[str, Any] = {"ENABLED": True, "CLIP_TYPE": "full_model", "CLIP_VALUE": 1.0}
+    clip = _clipping(base, {"ENABLED": True, "CLIP_TYPE": "full_model", "CLIP_VALUE": 1.0})
     first, last = warmup - window, warmup + window + 1
     if base.clip:  # its type and value stay; a window goes where the end of warm-up goes
         clip, before = {}, base.clip.get("ITER_RANGE") or (0, base.max_iter)
@@ -155,6 +160,13 @@ def recipe(
             **({"INTERVAL": 5} if batch > 1000 else {}),
         },
     }
+
+
+def _clipping(base: Baseline, clip: dict[str, Any]) -> dict[str, Any]:
+    """For a config that does not clip, also where it has other values of what `clip` leaves out."""
+    defaults = {"NORM_TYPE": 2.0, "ITER_RANGE": ()}
+    old = {key: _old(base.config, f"SOLVER.CLIP_GRADIENTS.{key}") for key in defaults}
+    return clip | {key: value for key, value in defaults.items() if old[key] not in (None, value)}
 
 
 def _changed(base: Baseline, agvm: dict[str, Any]) -> dict[str, Any]:
@@ -216,13 +228,13 @@ def as_python(keys: dict, agvm: dict, config: DictConfig | None = None) -> str:
             "lr_multiplier.warmup_factor": solver["WARMUP_FACTOR"],
             "lr_multiplier.warmup_length": solver["WARMUP_ITERS"] / solver["MAX_ITER"],
         }
-        clip = {k.lower(): v for k, v in solver.get("CLIP_GRADIENTS", {}).items()}
-        if clip.pop("enabled", False):
-            lines["train.clip_gradients"] = clip
-        elif clip:
-            lines["train.clip_gradients.iter_range"] = clip["iter_range"]
-        if "TEST" in keys:
-            lines["train.eval_period"] = keys["TEST"]["EVAL_PERIOD"]
+    clip = {k.lower(): v for k, v in solver.get("CLIP_GRADIENTS", {}).items()}
+    if clip.pop("enabled", False):
+        lines["train.clip_gradients"] = clip
+    elif clip:
+        lines["train.clip_gradients.iter_range"] = clip["iter_range"]
+    if "TEST" in keys:
+        lines["train.eval_period"] = keys["TEST"]["EVAL_PERIOD"]
     text = ""
     for key, value in lines.items():
         old = _old(config, key)
@@ -237,6 +249,12 @@ def _count(names: Sequence[str]) -> int | None:
     """Images of datasets of these names together, if all are known."""
     found = [IMAGES.get(name) for name in names]
     return sum(n or 0 for n in found) if found and None not in found else None
+
+
+def clipped(clip: dict) -> str:
+    """How a config clips, as a comment."""
+    found = f"{clip.get('CLIP_TYPE')}, {clip.get('CLIP_VALUE')}"
+    return f"# The gradients are clipped as in the config ({found})."
 
 
 def read_baseline(path: str, allow_unsafe: bool = False) -> Baseline:
@@ -379,11 +397,18 @@ def main(argv: list[str] | None = None) -> None:
             f"# {base.max_iter:,} of batch {base.batch}. `python -m agvm_d2.plan` says when.\n"
             f"# {periods} still count iterations."
         )
+        if not base.clip:
+            print("# Clipping at 4 times the usual norm is for the one step that would diverge.")
+        else:
+            print(clipped(base.clip))
+            if base.clip.get("ITER_RANGE"):
+                print(
+                    "# That is in its ITER_RANGE only: beyond, nothing stops a step that diverges."
+                )
     else:
         print(f"# Warm-up is {warm_up(base, args.batch_size)[1]}.")
         if base.clip:
-            found = f"{base.clip.get('CLIP_TYPE')}, {base.clip.get('CLIP_VALUE')}"
-            print(f"# The gradients are clipped as in the config ({found}).")
+            print(clipped(base.clip))
         if keys["SOLVER"]["MAX_ITER"] < FEW_ITERATIONS:
             print(
                 f"# {keys['SOLVER']['MAX_ITER']} iterations are few for any method: the paper "

@@ -126,16 +126,40 @@ def test_rules_and_hints(capsys):
     assert "703 iterations are few" in out
 
 
-def test_the_gain_changes_nothing_of_the_solver_but_the_batch(capsys, tmp_path):
+RELATIVE = {"ENABLED": True, "CLIP_TYPE": "relative", "CLIP_VALUE": 4.0}
+
+
+def test_the_gain_changes_nothing_of_the_solver_but_the_batch_and_clips(capsys, tmp_path):
     out = run(capsys, "--config-file", FASTER, "--batch-size", 512, "--rule", "gain")
     solver, base = printed(out, tmp_path).SOLVER, printed(f"_BASE_: {FASTER}", tmp_path).SOLVER
-    assert {k for k in base if solver[k] != base[k]} == {"IMS_PER_BATCH"}
+    assert {k for k in base if solver[k] != base[k]} == {"IMS_PER_BATCH", "CLIP_GRADIENTS"}
+    assert {k: v for k, v in solver.CLIP_GRADIENTS.items() if k in RELATIVE} == RELATIVE
     agvm = printed(out, tmp_path).AGVM
     assert (agvm.RULE, agvm.SCHEDULE, agvm.BASE_BATCH_SIZE) == ("gain", "gain", 16)
     assert (agvm.INTERVAL, agvm.MOMENTUM, agvm.START_ITER) == (-1, -1.0, -1)
     assert yaml.safe_load(out)["AGVM"].keys() == {"ENABLED", "RULE", "SCHEDULE", "BASE_BATCH_SIZE"}
     digits = run(capsys, "--config-file", DIGITS, "--batch-size", 256, "--rule", "gain")
+    assert "CLIP_GRADIENTS" in yaml.safe_load(out)["SOLVER"] and "CLIP" not in digits  # it does
     assert "  INTERVAL: -1  # was 5\n  START_ITER: -1  # was 100\n" in digits
+
+
+@pytest.mark.parametrize("rule", [["--rule", "gain"], []])
+def test_of_a_config_that_does_not_clip_no_window_or_norm_is_left(rule, capsys, tmp_path):
+    clip = "{ENABLED: False, NORM_TYPE: 1.0, ITER_RANGE: [0, 1000]}"
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"_BASE_: {FASTER}\nSOLVER: {{CLIP_GRADIENTS: {clip}}}\n")
+    found = printed(run(capsys, "--config-file", path, "--batch-size", 512, *rule), tmp_path)
+    clip = found.SOLVER.CLIP_GRADIENTS
+    assert (clip.ENABLED, clip.NORM_TYPE) == (True, 2.0)
+    assert clip.ITER_RANGE == (() if rule else (358, 559))
+
+
+def test_by_the_gain_it_is_said_how_a_config_clips(capsys, tmp_path):
+    path = tmp_path / "mine.yaml"
+    clip = "{ENABLED: True, CLIP_TYPE: norm, CLIP_VALUE: 0.1, ITER_RANGE: [0, 1000]}"
+    path.write_text(f"_BASE_: {FASTER}\nSOLVER: {{CLIP_GRADIENTS: {clip}}}\n")
+    out = run(capsys, "--config-file", path, "--batch-size", 512, "--rule", "gain")
+    assert "clipped as in the config (norm, 0.1)." in out and "in its ITER_RANGE only" in out
 
 
 def test_a_lazyconfig_takes_what_is_printed(capsys, tmp_path):
@@ -176,6 +200,8 @@ def test_a_lazyconfigs_evaluations_and_clipping():
     clip = "{'clip_type': 'full_model', 'clip_value': 1.0, 'iter_range': (0, 63)}"
     assert f"train.clip_gradients = {clip}\n" in out
     assert "train.eval_period = 25  # was 100\n" in out
+    gain = recipe.as_python(recipe.recipe(base, 64, "gain"), base.agvm, base.config)
+    assert "train.clip_gradients = {'clip_type': 'relative', 'clip_value': 4.0}\n" in gain
     cfg.train.clip_gradients = {"clip_type": "norm", "clip_value": 0.1, "iter_range": [0, 161]}
     base = recipe.of_lazyconfig(cfg, VITDET)
     out = recipe.as_python(recipe.recipe(base, 64), base.agvm, base.config)

@@ -62,7 +62,11 @@ def test_by_the_gain_a_config_is_its_base_with_another_batch(path):
         base = re.search('_BASE_: "(.*)"', f.read()).group(1)
     base = read_config(os.path.join(os.path.dirname(path), base), [])
     changed = {key for key in cfg.SOLVER if cfg.SOLVER[key] != base.SOLVER[key]}
-    assert changed <= {"IMS_PER_BATCH", "MICRO_BATCH_SIZE", "CHECKPOINT_PERIOD"}
+    kept = {"IMS_PER_BATCH", "MICRO_BATCH_SIZE", "CHECKPOINT_PERIOD", "CLIP_GRADIENTS"}
+    assert changed <= kept
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if not base.SOLVER.CLIP_GRADIENTS.ENABLED:
+        assert (clip.ENABLED, clip.CLIP_TYPE, clip.CLIP_VALUE) == (True, "relative", 4.0)
     agvm = cfg.AGVM
     assert (agvm.RULE, agvm.SCHEDULE, agvm.START_ITER) == ("gain", "gain", -1)
     assert agvm.BASE_BATCH_SIZE == base.SOLVER.IMS_PER_BATCH < cfg.SOLVER.IMS_PER_BATCH
