@@ -35,8 +35,8 @@ IMAGES = {
 DEFAULTS = {"MODE": "modulate", "INTERVAL": -1, "MOMENTUM": -1.0}
 # Iterations to each side of the end of warm-up in which the paper clips.
 CLIP = 100
-# With the gain, throughout: it stops the one huge step by which a run with rates as large as the
-# noise allows would diverge (docs/evidence.md), and leaves all others as they are.
+# With the gain, throughout: rates as large as the noise allows may be too large for a step now and
+# then (docs/evidence.md); most are far below it.
 LOOSE = {"ENABLED": True, "CLIP_TYPE": "relative", "CLIP_VALUE": 4.0}
 # The paper has hardly a run below (Faster R-CNN, batch 1536: 924).
 FEW_ITERATIONS = 900
@@ -398,7 +398,7 @@ def main(argv: list[str] | None = None) -> None:
             f"# {periods} still count iterations."
         )
         if not base.clip:
-            print("# Clipping at 4 times the usual norm is for the one step that would diverge.")
+            print("# Clipping at 4 times the usual norm is for the few steps that would diverge.")
         else:
             print(clipped(base.clip))
             if base.clip.get("ITER_RANGE"):

@@ -18,7 +18,9 @@ MARKS = {
     "gain_least": ("tab:red", "s"),
     "gain": ("tab:pink", "v"),
     "whole": ("tab:blue", "^"),
+    "muon": ("tab:green", "D"),
 }
+BROKEN = 0.5  # of the base's accuracy: below, a run is in the tables only
 CURVES = "faster_rcnn"  # whose gain is drawn
 PANELS = {"faster_rcnn": "Faster R-CNN, box AP", "panoptic_fpn": "Panoptic FPN, PQ"}
 
@@ -50,6 +52,8 @@ def draw(rows: Rows, folder: Path) -> None:
 def draw_runs(rows: Rows, pipeline: str, panel: Axes) -> None:
     """A mark for each cell, the mean over seeds, with a line from its lowest to its highest."""
     cells = by_cell({run: row for run, row in rows.items() if run.pipeline == pipeline})
+    base = base_of(cells, pipeline)
+    whole = statistics.fmean(row["accuracy"] for row in base) if base else 0.0
     for arm, (colour, mark) in MARKS.items():
         for run, found in sorted(cells.items()):
             kept = ended(found)
@@ -58,12 +62,12 @@ def draw_runs(rows: Rows, pipeline: str, panel: Axes) -> None:
             values = [row["accuracy"] for row in kept]
             x = statistics.fmean(row["took"] for row in kept) / ITERATIONS
             y = statistics.fmean(values)
+            if y < BROKEN * whole:
+                continue
             panel.plot(x, y, mark, color=colour)
             panel.plot([x, x], [min(values), max(values)], color=colour, lw=1)
             panel.annotate(f"{run.batch}", (x, y), (4, 4), textcoords="offset points")
-    base = base_of(cells, pipeline)
     if base:
-        whole = statistics.fmean(row["accuracy"] for row in base)
         panel.axhline(whole, color="0.7", lw=0.8, zorder=0)
     panel.set(xlabel=f"iterations / those of batch {BASE}", title=PANELS[pipeline])
     panel.margins(0.12)

@@ -90,7 +90,9 @@ GRID: list[Run] = [
     # Muon: the base's epochs are enough for it. Its own base, and by the gain.
     *same_epochs("muon", 0.002, seeds=SEEDS),
     *same_epochs("muon", 0.004),
-    *runs("muon", BASE, 0.001, 0.002),
+    *runs("muon", 256, 0.0028, iterations=ITERATIONS * BASE // 256),
+    Run("panoptic_fpn", "muon", 128, 0.002, 1, ITERATIONS * BASE // 128),
+    *runs("muon", BASE, 0.001, 0.002, 0.0005),
     *runs("gain_least_muon", 128, 0.001),
     *rivals("sam", 2 * LR, LR),
     *rivals("lamb", 0.004, 0.008, 0.002),
