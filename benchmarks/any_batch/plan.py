@@ -90,7 +90,7 @@ GRID: list[Run] = [
     # Muon: the base's epochs are enough for it. Its own base, and by the gain.
     *same_epochs("muon", 0.002, seeds=SEEDS),
     *same_epochs("muon", 0.004),
-    *runs("muon", 256, 0.0028, iterations=ITERATIONS * BASE // 256),
+    *runs("muon", 256, 0.0028, seeds=SEEDS, iterations=ITERATIONS * BASE // 256),
     *(Run("panoptic_fpn", "muon", 128, 0.002, s, ITERATIONS * BASE // 128) for s in SEEDS),
     Run("panoptic_fpn", "muon", BASE, 0.001, 1),
     *runs("muon", BASE, 0.001, 0.002, 0.0005),
