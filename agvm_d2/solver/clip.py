@@ -136,10 +136,9 @@ def _clip_relative(
     kept = torch.stack([new.where(known, average), steps])
     for group in groups:  # which is first may change before a resume
         group[key] = kept
-    factor = (limit / norm).where(norm > limit, 1.0)
-    for param in params if clips else ():
-        if param.grad is not None:
-            local_part(param.grad).mul_(factor.to(param.grad.device))
+    if clips:
+        factor = (limit / norm).where(norm > limit, 1.0)
+        _multiply([local_part(p.grad) for p in params if p.grad is not None], factor)
 
 
 def _iteration(params: list[torch.Tensor]) -> int:
@@ -187,6 +186,17 @@ def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     except (AttributeError, RuntimeError):
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
+
+
+def _multiply(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:
+    multiply = getattr(torch, "_foreach_mul_", None)  # as in `_copy`
+    for device in {tensor.device for tensor in tensors}:
+        part, local = [t for t in tensors if t.device == device], factor.to(device)
+        if multiply is not None:
+            multiply(part, local)
+            continue
+        for tensor in part:
+            tensor.mul_(local)
 
 
 class SkipLimit:

@@ -100,14 +100,20 @@ GRID: list[Run] = [
     *rivals("sgd_3", 2 * LR),
     *controls("sgd_3", LR),
     *controls("sgd_soft", LR),
-    # Other pipelines.
+    # Other pipelines, clipped as by the recipe.
     *(
         run
-        for p in ("mask_rcnn", "semantic_fpn")
-        for run in (Run(p, "sgd", BASE, LR, 1), Run(p, "gain_least", 128, LR, 1))
+        for p, optimizer, gain, lr in (
+            ("mask_rcnn", "sgd", "gain_least", LR),
+            ("semantic_fpn", "sgd", "gain_least", LR),
+            ("faster_rcnn_swin", "adamw", "gain_least_adamw", 0.001),
+        )
+        for run in (
+            Run(p, optimizer, BASE, lr, 1),
+            Run(p, gain, 128, lr, 1, options=RELATIVE_CLIP),
+        )
     ),
-    Run("faster_rcnn_swin", "adamw", BASE, 0.001, 1),
-    Run("faster_rcnn_swin", "gain_least_adamw", 128, 0.001, 1),
+    Run("faster_rcnn", "gain_least", 128, LR, 1, options=RELATIVE_CLIP),
     *runs("gain_decay", 128, LR),
     # As many images at the base batch as by the smallest gain at 128.
     *runs("sgd", BASE, LR, iterations=TOOK["faster_rcnn"] * 128 // BASE),
@@ -117,13 +123,13 @@ GRID: list[Run] = [
 GRID_ON_GPU: list[Run] = [
     run._replace(options=ON_GPU)
     for arm, lrs in {
-        "sgd": (2 * LR,),
-        "agvm": (2 * LR, 4 * LR),
-        "sam": (2 * LR,),
-        "adamw": (0.001, 0.002),
-        "adamw_scaled": (0.001,),
-        "lamb": (0.004, 0.008),
-        "muon": (0.001, 0.002),
+        "sgd": (2 * LR, LR),
+        "agvm": (2 * LR, 4 * LR, LR),
+        "sam": (2 * LR, LR),
+        "adamw": (0.001, 0.002, 0.004),
+        "adamw_scaled": (0.001, 0.002),
+        "lamb": (0.004, 0.008, 0.016),
+        "muon": (0.001, 0.002, 0.004),
     }.items()
     for run in same_epochs(arm, *lrs)
 ]

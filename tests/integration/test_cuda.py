@@ -23,7 +23,7 @@ from agvm_d2.agvm import build_tap
 from agvm_d2.d2.micro_batches import MicroBatchTrainer
 from agvm_d2.modules import assign_modules
 from agvm_d2.norms import block_norms
-from agvm_d2.solver import skip_nonfinite_steps
+from agvm_d2.solver import clip_gradients, skip_nonfinite_steps
 from agvm_d2.split import SplitBucketTap
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -98,6 +98,51 @@ def test_a_skipped_step_puts_the_statistics_back(device):
             optimizer.step()
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert model[1].num_batches_tracked == 1
+
+
+def kernels_of(step, *args):
+    """How many kernels a call runs on the GPU."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step(*args)
+        torch.cuda.synchronize()
+    kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not kernel.name.startswith("Mem") for kernel in kernels)
+
+
+def clipped(device, after=None):
+    """What is left of each of 300 parameters' gradients; `after(step)` runs a late step."""
+    params = [nn.Parameter(torch.zeros(8, device=device)) for _ in range(300)]
+    optimizer = torch.optim.SGD(params, lr=1.0, foreach=True)
+    clip_gradients(optimizer, "relative", 4.0)
+    for norm in (1.0, 1.0, 100.0):
+        for i, param in enumerate(params):
+            param.grad = torch.full_like(param, norm * (i + 1) / 1000)
+        if after and norm == 100:
+            after(optimizer.step)
+        else:
+            optimizer.step()
+    return torch.stack([p.grad for p in params]).cpu()
+
+
+@DEVICE
+def test_relative_clipping(device):
+    usual = torch.arange(1, 301)[:, None].expand(-1, 8) / 1000
+    assert torch.allclose(clipped(device), 4 * usual, rtol=1e-5)
+
+
+@CUDA
+def test_relative_clipping_waits_for_nothing_and_has_few_kernels():
+    def without_waiting(step):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    clipped("cuda", without_waiting)
+    found = []
+    clipped("cuda", lambda step: found.append(kernels_of(step)))
+    assert 0 < found[0] < 60  # of 300 parameters
 
 
 @CUDA
@@ -182,12 +227,7 @@ def _kernels():
     found = []
 
     def count(step, iteration):
-        activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-        with profile(activities=activities) as profiler:
-            step(iteration)
-            torch.cuda.synchronize()
-        kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        found.append(sum(not kernel.name.startswith("Mem") for kernel in kernels))
+        found.append(kernels_of(step, iteration))
 
     train("cuda", torch.optim.SGD, 6, settings=EVERY_SECOND, after=count)
     return found

@@ -8,7 +8,7 @@ from toy import ToyDetector, batch, loss
 from toy_d2 import toy_config
 
 from agvm_d2 import build_optimizer
-from agvm_d2.solver import clip_gradients, skip_nonfinite_steps
+from agvm_d2.solver import clip, clip_gradients, skip_nonfinite_steps
 from agvm_d2.solver.clip import AVERAGE
 
 # Clipping
@@ -124,6 +124,20 @@ def test_a_step_just_below_the_limit_is_whole(norm):
     run = Scripted()
     run.step(norm / 3.999)
     assert run.step(norm) == pytest.approx(norm, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_all_gradients_are_multiplied_at_once(public, monkeypatch):
+    if public:
+        monkeypatch.delattr(torch, "_foreach_mul_")
+    kinds = torch.float32, torch.float32, torch.bfloat16, torch.float64
+    tensors = [torch.full((3,), 40.0, dtype=kind) for kind in kinds]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        clip._multiply(tensors, torch.tensor(0.1))
+    expected = [torch.full_like(t, 40.0).mul_(torch.tensor(0.1)) for t in tensors]
+    assert all(torch.equal(t, e) for t, e in zip(tensors, expected, strict=True))
+    calls = [event.name for event in profiler.events()]
+    assert calls.count("aten::_foreach_mul_") == (0 if public else 1)
 
 
 def test_no_step_is_made_of_a_gradient_whose_norm_overflows():
