@@ -328,6 +328,7 @@ def of_lazyconfig(cfg: DictConfig, path: str) -> Baseline:
     target = str(cfg.optimizer.get("_target_")).lower()
     adam = any(name in target for name in ("adam", "lamb"))
     betas = tuple(cfg.optimizer.get("betas", (0.9, 0.999))) if adam else None
+    adam |= "muon" in target  # its rate is AdamW's
     eps = cfg.optimizer.get("eps", EPS["LAMB" if "lamb" in target else "ADAMW"])
     own, lr, max_iter = found
     agvm: Any = OmegaConf.to_container(cfg.get("agvm") or OmegaConf.create({}))

@@ -1,11 +1,15 @@
 """What several test files share: paths, the command line, files that were written."""
 
 from __future__ import annotations
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
+import pytest
 import torch
+
+from agvm_d2.solver.muon import VERSION
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CONFIGS = os.path.join(ROOT, "configs")
@@ -13,6 +17,14 @@ RCNN_BASE = os.path.join(CONFIGS, "Base-RCNN-FPN-Digits.yaml")
 DIGITS = os.path.join(CONFIGS, "Digits-Detection/faster_rcnn_thin_R_50_FPN_bs64_agvm.yaml")
 COCO = os.path.join(CONFIGS, "COCO-Detection/faster_rcnn_R_50_FPN_16ep_bs256_agvm.yaml")
 VITDET = os.path.join(CONFIGS, "Digits-InstanceSegmentation/mask_rcnn_vitdet_thin_6ep_bs16_agvm.py")
+
+
+def needs_muon() -> None:
+    """Skip, a module too, where pytorch-optimizer is missing or older than its Muon's groups."""
+    pytest.importorskip("pytorch_optimizer")
+    found = importlib.metadata.version("pytorch-optimizer")
+    if tuple(map(int, found.split(".")[:2])) < VERSION:
+        pytest.skip("Muon's groups are those of pytorch-optimizer 4.1", allow_module_level=True)
 
 
 def start(*command, cwd=ROOT, **env) -> subprocess.Popen:

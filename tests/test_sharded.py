@@ -7,6 +7,7 @@ import reference
 import torch
 import torch.distributed as dist
 from detectron2.utils.events import EventStorage
+from helpers import needs_muon
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -17,7 +18,7 @@ from agvm_d2 import AGVM, Settings, sharded, split_param_groups
 from agvm_d2.agvm import build_tap
 from agvm_d2.modules import assign_modules
 from agvm_d2.shards import is_sharded, local_part, shard_like, whole_state
-from agvm_d2.solver import clip_gradients, skip_nonfinite_steps
+from agvm_d2.solver import build_muon, clip_gradients, muon_params, skip_nonfinite_steps
 from agvm_d2.solver.clip import AVERAGE
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
@@ -183,13 +184,25 @@ def step(agvm, iteration, data):
     agvm.end()
 
 
-def train(sharded, adam, mode, iterations=20):
+OPTIMIZERS = {
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+    "AdamW": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01),
+    "Muon": lambda model: build_muon(muon_params(model), lr=0.01, weight_decay=0.05),
+}
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def kind(request):
+    if request.param == "Muon":
+        needs_muon()
+    return request.param
+
+
+def train(sharded, kind, mode, iterations=20):
     """Factors after each iteration, and the weights at the end, by name."""
     model = ToyDetector(width=WIDTH)
     model = shard(model) if sharded else DistributedDataParallel(model)
-    options = {"lr": 0.01} if adam else {"lr": 0.05, "momentum": 0.9}
-    optimizer = (torch.optim.AdamW if adam else torch.optim.SGD)(model.parameters(), **options)
-    split_param_groups(optimizer, model)
+    optimizer = split_param_groups(OPTIMIZERS[kind](model), model)
     clip_gradients(optimizer, "full_model", 1.0)
     skip_nonfinite_steps(optimizer, model)
     settings = Settings(interval=2, momentum=0.5, mode=mode or "monitor")
@@ -210,10 +223,9 @@ def train(sharded, adam, mode, iterations=20):
     return factors, state
 
 
-@pytest.mark.parametrize("adam", [False, True], ids=["SGD", "AdamW"])
-def test_training_is_that_of_ddp(workers, adam):
-    sharded, other = workers(2).run(train, True, adam, "modulate")
-    whole, _ = workers(2).run(train, False, adam, "modulate")
+def test_training_is_that_of_ddp(workers, kind):
+    sharded, other = workers(2).run(train, True, kind, "modulate")
+    whole, _ = workers(2).run(train, False, kind, "modulate")
     assert all(torch.equal(a, b) for a, b in zip(sharded[0], other[0], strict=True))
     assert (sharded[0][-1] - 1).abs().max() > 0.01
     for ours, theirs in zip(sharded[0], whole[0], strict=True):
@@ -222,10 +234,9 @@ def test_training_is_that_of_ddp(workers, adam):
         assert torch.allclose(sharded[1][name], weight, rtol=1e-3, atol=1e-5), name
 
 
-@pytest.mark.parametrize("adam", [False, True], ids=["SGD", "AdamW"])
-def test_monitoring_changes_no_bit(workers, adam):
-    watched = workers(2).run(train, True, adam, "monitor")[0][1]
-    alone = workers(2).run(train, True, adam, None)[0][1]
+def test_monitoring_changes_no_bit(workers, kind):
+    watched = workers(2).run(train, True, kind, "monitor")[0][1]
+    alone = workers(2).run(train, True, kind, None)[0][1]
     assert all(torch.equal(watched[name], weight) for name, weight in alone.items())
 
 

@@ -16,7 +16,7 @@ from ..param_groups import (
 )
 from ..validate import one_of
 from .clip import CLIP, check_clip, clip_gradients, clip_key, skip_nonfinite_steps
-from .muon import build_muon
+from .muon import build_muon, muon_groups
 
 OPTIMIZERS = ("SGD", "ADAMW", "LARS", "LAMB", "MUON")
 
@@ -70,7 +70,7 @@ def unsplit_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     elif solver.OPTIMIZER == "ADAMW":
         optimizer = torch.optim.AdamW(params, foreach=True, **options)
     elif solver.OPTIMIZER == "MUON":
-        optimizer = build_muon(params, model, momentum=solver.MOMENTUM, **options)
+        optimizer = build_muon(muon_groups(params, model), momentum=solver.MOMENTUM, **options)
     else:
         optimizer = _pytorch_optimizer(solver.OPTIMIZER)(params, **options)
     clip = solver.CLIP_GRADIENTS

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 import torch
+from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
 
 from ..param_groups import loading_as_torch
@@ -39,28 +40,49 @@ def muon_matrices(model: nn.Module) -> set[nn.Parameter]:
     return found - embeddings
 
 
+def muon_groups(params: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
+    """These param groups of `model`, each split in two where it must: `use_muon` says for which
+    kind it is."""
+    matrices = muon_matrices(model)
+    groups = []
+    for group in params:
+        for use_muon in (True, False):
+            kept = [p for p in group["params"] if (p in matrices) == use_muon]
+            if kept:
+                # Matrices one by one: batches of equal shapes would depend on the groups, and a
+                # product's last bits on its batch.
+                foreach = False if use_muon else None
+                groups.append({**group, "params": kept, "use_muon": use_muon, "foreach": foreach})
+    return groups
+
+
+def muon_params(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
+    """Detectron2's `get_default_optimizer_params(model, **options)` as `build_muon` takes it, which
+    is `optimizer.params` of a LazyConfig."""
+    return muon_groups(get_default_optimizer_params(model, **options), model)
+
+
 def build_muon(
     params: list[dict[str, Any]],
-    model: nn.Module,
     lr: float,
-    weight_decay: float,
-    momentum: float,
-    betas: tuple[float, float],
-    eps: float,
+    weight_decay: float = 0.0,
+    momentum: float = 0.95,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
 ) -> torch.optim.Optimizer:
-    """Muon, of Nesterov's kind, over `params`, whose groups it splits in two where it must.
+    """Muon, of Nesterov's kind. A model sharded by FSDP2, too: a step gathers one matrix at a time.
 
     A matrix's update is as large as AdamW's would be, 0.2 √max(rows, columns) times an orthogonal
     one (Liu et al. 2025, arXiv 2502.16982), so both kinds have AdamW's learning rate and weight
     decay.
 
     Args:
-        params: param groups.
+        params: see `muon_params`.
         momentum: Muon's.
         betas, eps: AdamW's.
 
     Raises:
-        ValueError: pytorch-optimizer is not installed, or too old.
+        ValueError: pytorch-optimizer is not installed, or too old; groups of no kind.
     """
     try:
         found = importlib.metadata.version("pytorch-optimizer")
@@ -74,24 +96,20 @@ def build_muon(
         )
     from pytorch_optimizer import Muon
 
-    matrices = muon_matrices(model)
-    groups = []
-    for group in params:
-        for use_muon in (True, False):
-            kept = [p for p in group["params"] if (p in matrices) == use_muon]
-            if kept:
-                # Matrices one by one: batches of equal shapes would depend on the groups, and a
-                # product's last bits on its batch.
-                foreach = False if use_muon else None
-                groups.append({**group, "params": kept, "use_muon": use_muon, "foreach": foreach})
+    if not all(isinstance(group, dict) and "use_muon" in group for group in params):
+        raise ValueError(
+            "build_muon: params: a group does not say whether it is Muon's. Make them by "
+            "agvm_d2.solver.muon_params(model), in a LazyConfig "
+            "optimizer.params=L(muon_params)()."
+        )
     return loading_as_torch(Muon)(
-        groups,
+        params,
         lr=lr,
         momentum=momentum,
         weight_decay=weight_decay,
         use_adjusted_lr=True,
         adamw_lr=lr,
-        adamw_betas=betas,
+        adamw_betas=tuple(betas),
         adamw_eps=eps,
         adamw_wd=weight_decay,
     )

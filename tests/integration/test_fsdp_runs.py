@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import VITDET, agvm_state, command, same, start
+from helpers import VITDET, agvm_state, command, needs_muon, same, start
 
 from agvm_d2.d2 import lazy
 
@@ -21,6 +21,10 @@ SHORT = (
     "dataloader.train.mapper.augmentations=[]"
 ).split()
 FSDP = "train.fsdp={unit_size:10000}"
+MUON = (
+    "optimizer._target_=agvm_d2.solver.build_muon",
+    "optimizer.params._target_=agvm_d2.solver.muon_params",
+)
 
 
 def _train(folder, *overrides):
@@ -54,14 +58,19 @@ def test_a_sharded_run_is_that_of_ddp(digits, workers, tmp_path):
         assert torch.allclose(ours["exp_avg"], theirs["exp_avg"], rtol=1e-3, atol=1e-6)
 
 
-def test_a_sharded_run_goes_on_where_it_stopped(digits, workers, tmp_path):
-    sharded, results = workers(2).run(_train, tmp_path / "a", FSDP)[0]
+@pytest.mark.parametrize("optimizer", [(), MUON], ids=["adamw", "muon"])
+def test_a_sharded_run_goes_on_where_it_stopped(digits, workers, tmp_path, optimizer):
+    if optimizer:
+        needs_muon()
+    options = FSDP, *optimizer
+    sharded, results = workers(2).run(_train, tmp_path / "a", *options)[0]
     assert "segm" in results
-    kinds = {type(v) for s in sharded["trainer"]["optimizer"]["state"].values() for v in s.values()}
-    assert kinds == {torch.Tensor}  # plain ones, that any run reads
+    states = sharded["trainer"]["optimizer"]["state"].values()
+    assert {type(v) for state in states for v in state.values()} == {torch.Tensor}  # any run's
+    assert any("momentum_buffer" in state for state in states) == bool(optimizer)
 
     folder = _resumed(tmp_path / "a" / "model_0000001.pth", tmp_path / "b")
-    again, _ = workers(2).run(_train, folder, FSDP)[0]
+    again, _ = workers(2).run(_train, folder, *options)[0]
     same(sharded["model"], again["model"])
     same(sharded["trainer"]["optimizer"], again["trainer"]["optimizer"])
     same(sharded["trainer"]["hooks"]["AGVMHook"], again["trainer"]["hooks"]["AGVMHook"])

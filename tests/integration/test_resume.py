@@ -6,7 +6,7 @@ import own_mapper
 import pytest
 import torch
 from detectron2.engine import HookBase
-from helpers import agvm_state, same
+from helpers import agvm_state, needs_muon, same
 from toy_d2 import RCNNTrainer, rcnn_config
 
 import agvm_d2.data  # noqa: F401
@@ -98,7 +98,7 @@ def slow(*values):
 )
 def test_one_process_with_micro_batches(options, iterations, digits, tmp_path):
     if options is MUON:
-        pytest.importorskip("pytorch_optimizer")
+        needs_muon()
     check(train, {**ONE, **options}, tmp_path, iterations)
 
 

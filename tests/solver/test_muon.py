@@ -3,18 +3,16 @@
 import importlib.metadata
 import pytest
 import torch
-from helpers import same
+from helpers import needs_muon, same
 from torch import nn
 from toy import MODULES, ToyDetector
 from toy_d2 import ToyLoader, ToyTrainer, agvm_hook, toy_config, train, weights
 
 from agvm_d2 import build_optimizer
-from agvm_d2.solver.muon import VERSION, muon_matrices
+from agvm_d2.solver import build_muon, muon_params
+from agvm_d2.solver.muon import muon_matrices
 
-pytest.importorskip("pytorch_optimizer")
-version = importlib.metadata.version("pytorch-optimizer")
-if tuple(map(int, version.split(".")[:2])) < VERSION:
-    pytest.skip("Muon's groups are those of pytorch-optimizer 4.1", allow_module_level=True)
+needs_muon()
 
 MUON = {"SOLVER__OPTIMIZER": "MUON", "SOLVER__MOMENTUM": 0.95, "SOLVER__MICRO_BATCH_SIZE": 2}
 OFF = {"AGVM__ENABLED": False}
@@ -172,6 +170,24 @@ def test_a_package_that_is_missing_or_old(found, said, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(ValueError, match=f"SOLVER.OPTIMIZER: 'MUON' .*{said}: pip install"):
         build_optimizer(toy_config(tmp_path, **MUON), ToyDetector())
+
+
+def test_groups_of_no_kind_are_told():
+    with pytest.raises(ValueError, match=r"build_muon: params: .*L\(muon_params\)"):
+        build_muon([{"params": list(ToyDetector().parameters())}], lr=0.1)
+
+
+def test_a_lazyconfigs_groups_are_those_of_a_yaml_config(tmp_path):
+    model = ToyDetector()
+    yaml = build_optimizer(toy_config(tmp_path, **MUON, **OFF), model)
+    lazy = build_muon(muon_params(model, bias_lr_factor=1.0), lr=0.05, weight_decay=0.0001)
+    assert [[id(p) for p in g["params"]] for g in lazy.param_groups] == [
+        [id(p) for p in g["params"]] for g in yaml.param_groups
+    ]
+    for ours, theirs in zip(lazy.param_groups, yaml.param_groups, strict=True):
+        assert {k: v for k, v in ours.items() if k in theirs and k != "params"} == {
+            k: v for k, v in theirs.items() if k in ours and k != "params"
+        }
 
 
 @pytest.mark.slow
