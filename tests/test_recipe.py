@@ -191,6 +191,18 @@ def test_a_lazyconfig_takes_what_is_printed(capsys, tmp_path):
             assert cfg.train.clip_gradients == lazy.load(VITDET, []).train.clip_gradients
 
 
+def test_a_lazyconfig_with_muon_scales_as_adamw_without_its_betas():
+    overrides = [
+        "optimizer._target_=agvm_d2.solver.build_muon",
+        "optimizer.params._target_=agvm_d2.solver.muon_params",
+    ]
+    base = recipe.of_lazyconfig(lazy.load(VITDET, overrides), VITDET)
+    assert base.adam and base.betas is None
+    assert recipe.recipe(base, 64)["SOLVER"]["BASE_LR"] == pytest.approx(2 * base.lr)
+    with pytest.raises(ValueError, match="--scale-betas: is for ADAMW and LAMB"):
+        recipe.recipe(base, 64, scale_betas=True)
+
+
 def test_a_lazyconfigs_evaluations_and_clipping():
     cfg = lazy.load(VITDET, ["train.eval_period=100"])
     cfg.train.clip_gradients = None
