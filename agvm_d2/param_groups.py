@@ -186,8 +186,8 @@ def _fit_state(
         raise ValueError(
             f"The checkpoint is of another optimizer than {type(optimizer).__name__}: it has "
             f"{', '.join(sorted(keys[1]))} instead of {', '.join(sorted(keys[0]))}. Resume with "
-            "the SOLVER.OPTIMIZER it was trained with, or start from its weights: MODEL.WEIGHTS, "
-            "without --resume."
+            "the SOLVER.OPTIMIZER (optimizer) it was trained with, or start from its weights: "
+            "MODEL.WEIGHTS (train.init_checkpoint), without --resume."
         )
     sizes = [len(group["params"]) for group in saved]
     if sizes == [len(group["params"]) for group in groups]:

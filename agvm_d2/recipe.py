@@ -101,10 +101,9 @@ def recipe(
     """
     scaling = scaling or ("sqrt" if base.adam else "linear-sqrt")
     if scale_betas and (base.betas is None or scaling != "sqrt"):
+        found = "another optimizer" if base.betas is None else f"--rule {scaling}"
         raise ValueError(
-            "--scale-betas: is for ADAMW and LAMB with --rule sqrt, but the config has "
-            f"{'another optimizer' if base.betas is None else 'one of them'} and the rule is "
-            f"{scaling}"
+            f"--scale-betas: is for ADAMW and LAMB with --rule sqrt, but there is {found}"
         )
     if batch == (base.own or base.batch):
         return {}
@@ -325,7 +324,9 @@ def of_lazyconfig(cfg: DictConfig, path: str) -> Baseline:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise ValueError(f"--config-file: '{path}' has no number at {key}: found {value!r}.")
     period = OmegaConf.select(cfg, "train.checkpointer.period", default=5000)
-    target = str(cfg.optimizer.get("_target_")).lower()
+    target = cfg.optimizer.get("_target_")
+    target = getattr(target, "__name__", str(target)).rpartition(".")[2].lower()
+    target = target.replace("<lambda>", "")
     adam = any(name in target for name in ("adam", "lamb"))
     betas = tuple(cfg.optimizer.get("betas", (0.9, 0.999))) if adam else None
     adam |= "muon" in target  # its rate is AdamW's
@@ -374,7 +375,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--scale-betas",
         action="store_true",
-        help="with Adam, print its betas and eps for the batch, too (Malladi et al. 2022; untried)",
+        help="with Adam, print its betas and eps for the batch, too (Malladi et al. 2022)",
     )
     add_unsafe_flag(parser)
     args = parser.parse_args(argv)

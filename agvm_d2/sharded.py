@@ -73,7 +73,7 @@ class ShardedTap(TensorTap):
             grad = shard_of(grad, param)
         super().add_unit(param, grad)
 
-    def local(self) -> tuple[torch.Tensor, int]:
+    def average_done(self) -> None:
         if self.seen and all(p.grad is None for p in self.params):
             raise RuntimeError(
                 "AGVM: no gradient was reduced in this iteration: the model's gradients were "
@@ -81,6 +81,9 @@ class ShardedTap(TensorTap):
                 "set_requires_all_reduce(False). "
                 "Accumulate within an iteration (train.micro_batch_size) instead."
             )
+        super().average_done()
+
+    def local(self) -> tuple[torch.Tensor, int]:
         rows, num_units = super().local()
         # The workers' mean of squares of shards is 1/shards of that of whole gradients.
         rows[1] *= self.shards

@@ -384,6 +384,30 @@ def test_all_workers_skip_a_step_that_is_not_finite_in_one_shard(workers):
     assert workers(2).run(_nan_on_one_worker) == [True, True]
 
 
+def _nan_in_a_measured_iteration():
+    model = shard(ToyDetector(width=WIDTH))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    skip_nonfinite_steps(optimizer, model)
+    agvm = AGVM(model, split_param_groups(optimizer, model), Settings(interval=1))
+    found = []
+    with EventStorage() as storage:
+        for i in range(4):
+            storage.iter = i
+            agvm.begin(i)
+            optimizer.zero_grad()
+            (loss(model, units_of(2)[dist.get_rank()]) * (torch.nan if i == 2 else 1)).backward()
+            agvm.backward_done()
+            optimizer.step()
+            agvm.end()
+            found.append((agvm.measured, agvm.modulator.factors.tolist()))
+    return found
+
+
+def test_a_measured_step_is_skipped_too(workers):
+    before, (_, there), after = workers(2).run(_nan_in_a_measured_iteration)[0][1:]
+    assert there == before[1] != after[1] and before[0] and after[0]
+
+
 def _clipped(kind, value):
     model, whole = shard(ToyDetector(width=WIDTH)), ToyDetector(width=WIDTH)
     for m in (model, whole):
@@ -402,6 +426,16 @@ def _clipped(kind, value):
 )
 def test_clipping_is_that_of_the_whole_model(workers, kind, value):
     assert max(workers(2).run(_clipped, kind, value)[0]) < 1e-6
+
+
+def _clipped_by_inf():
+    optimizer = torch.optim.SGD(shard(ToyDetector()).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="norm_type: found inf, .*use 2.0"):
+        clip_gradients(optimizer, "full_model", 1.0, torch.inf)
+
+
+def test_a_norm_that_shards_do_not_have_is_refused(workers):
+    workers(2).run(_clipped_by_inf)
 
 
 def _round_trip(placed_on):

@@ -16,7 +16,7 @@ from ..param_groups import (
 )
 from ..validate import one_of
 from .clip import CLIP, check_clip, clip_gradients, clip_key, skip_nonfinite_steps
-from .muon import build_muon, muon_groups
+from .muon import build_muon, check_kind, muon_groups
 
 OPTIMIZERS = ("SGD", "ADAMW", "LARS", "LAMB", "MUON")
 
@@ -109,6 +109,7 @@ def prepare(
         modules: split the groups by these patterns, see `assign_modules`; None: leave them.
     """
     require_hooks(optimizer)
+    check_kind(optimizer)
     if skip_nonfinite:
         skip_nonfinite_steps(optimizer, model)
     if modules is not None:

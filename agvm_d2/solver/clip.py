@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 import collections
+import copy
 import logging
 import math
 import weakref
@@ -91,10 +92,17 @@ def clip_gradients(
     options = (clip_type, clip_value, norm_type, iter_range)
     check_clip(dict(zip(CLIP, options, strict=True)))
     # The order now, so that a norm has the same bits whether groups are split later or not.
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    order = dict.fromkeys(p for group in optimizer.param_groups for p in group["params"])
+    if norm_type == math.inf and any(hasattr(p, "to_local") for p in order):
+        raise ValueError(
+            "norm_type: found inf, which torch cannot take of a sharded model, where a worker's "
+            "part may be empty: use 2.0."
+        )
 
     def clip_now(*_: Any) -> None:
         unscale(optimizer)
+        order.update(dict.fromkeys(p for group in optimizer.param_groups for p in group["params"]))
+        params = [*order]
         inside = not iter_range or iter_range[0] <= _iteration(params) < iter_range[1]
         if all(p.grad is None for p in params):  # a skipped step
             return
@@ -252,6 +260,13 @@ def skip_nonfinite_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
         limit.step(skipped=True)
 
     _SKIPPING[optimizer] = skipped
+    counts: list[Any] = []  # of a step left out, each group's: pytorch-optimizer's count it, too
+
+    def recount(*_: Any) -> None:
+        for group, count in zip(optimizer.param_groups, counts, strict=False):
+            group.pop("step", None)
+            group.update({} if count is None else {"step": count})
+        counts.clear()
 
     @torch.no_grad()
     def skip_if_nonfinite(*_: Any) -> None:
@@ -264,9 +279,11 @@ def skip_nonfinite_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
             return
         for param in params:
             param.grad = None  # then there is nothing to step by
+        counts[:] = [copy.deepcopy(group.get("step")) for group in optimizer.param_groups]
         skipped()
 
     optimizer.register_step_pre_hook(skip_if_nonfinite)
+    optimizer.register_step_post_hook(recount)
 
 
 def step_left_out(optimizer: torch.optim.Optimizer) -> None:

@@ -16,7 +16,7 @@ from ..param_groups import loading_as_torch
 
 VERSION = (4, 1)  # of pytorch-optimizer: Muon's groups were made in another way before
 
-# The last layers of predictors, by the last part of their name: Detectron2's, and DETR's.
+# Predictors, by the last word of their name: Detectron2's, and DETR's.
 LAST = {
     "anchor_deltas", "bbox_embed", "bbox_pred", "class_embed", "cls_score", "ctrness",
     "objectness_logits", "predictor", "score_lowres",
@@ -35,9 +35,19 @@ def muon_matrices(model: nn.Module) -> set[nn.Parameter]:
             names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
             found |= {getattr(module, name) for name in names} - {None}
         elif isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-            if name.rpartition(".")[2] not in LAST:
+            if not _predicts(model, name):
                 found.add(module.weight)
     return found - embeddings
+
+
+def _predicts(model: nn.Module, name: str) -> bool:
+    """Is it the last layer of a predictor, which may be one of a list, or an MLP as DETR's?"""
+    words = [word for word in name.split(".") if not word.isdigit()]
+    if words[-1:] == ["layers"]:
+        parent, _, index = name.rpartition(".")
+        if index == str(len([*model.get_submodule(parent).children()]) - 1):
+            words.pop()
+    return words[-1:] != [] and words[-1] in LAST
 
 
 def muon_groups(params: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
@@ -60,6 +70,22 @@ def muon_params(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     """Detectron2's `get_default_optimizer_params(model, **options)` as `build_muon` takes it, which
     is `optimizer.params` of a LazyConfig."""
     return muon_groups(get_default_optimizer_params(model, **options), model)
+
+
+def check_kind(optimizer: torch.optim.Optimizer) -> None:
+    """See that groups made for Muon are not another optimizer's.
+
+    Raises:
+        ValueError: they are torch's, which would take no notice.
+    """
+    of_torch = type(optimizer).__module__.startswith("torch.optim.")
+    if of_torch and any("use_muon" in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"optimizer: found {type(optimizer).__name__} with param groups made for Muon "
+            "(muon_params). Set optimizer._target_ to agvm_d2.solver.build_muon, too, or "
+            "optimizer.params._target_ to "
+            "detectron2.solver.build.get_default_optimizer_params."
+        )
 
 
 def build_muon(

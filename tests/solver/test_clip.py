@@ -84,6 +84,16 @@ class Scripted:
         return found.tolist()
 
 
+def test_groups_added_later_are_clipped_too():
+    run = Scripted()
+    run.step(1.0)
+    late = nn.Parameter(torch.zeros(1))
+    run.optimizer.add_param_group({"params": [late]})
+    late.grad = torch.tensor([100.0])
+    assert run.step(1.0) == pytest.approx(4 / 10_001**0.5, rel=1e-4)
+    assert float(late.grad) == pytest.approx(4, rel=1e-3)
+
+
 def test_relative_clips_to_a_multiple_of_the_average():
     run = Scripted()
     assert run.step(100.0) == pytest.approx(100)  # nothing to hold it against

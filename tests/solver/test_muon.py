@@ -1,18 +1,23 @@
 """SOLVER.OPTIMIZER MUON."""
 
 import importlib.metadata
+import math
 import pytest
 import torch
+from detectron2.utils.events import EventStorage
 from helpers import needs_muon, same
 from torch import nn
 from toy import MODULES, ToyDetector
 from toy_d2 import ToyLoader, ToyTrainer, agvm_hook, toy_config, train, weights
 
 from agvm_d2 import build_optimizer
-from agvm_d2.solver import build_muon, muon_params
+from agvm_d2.param_groups import loading_as_torch
+from agvm_d2.solver import build_muon, muon_params, skip_nonfinite_steps
+from agvm_d2.solver.build import prepare
 from agvm_d2.solver.muon import muon_matrices
 
 needs_muon()
+import pytorch_optimizer  # noqa: E402
 
 MUON = {"SOLVER__OPTIMIZER": "MUON", "SOLVER__MOMENTUM": 0.95, "SOLVER__MICRO_BATCH_SIZE": 2}
 OFF = {"AGVM__ENABLED": False}
@@ -20,6 +25,14 @@ OFF = {"AGVM__ENABLED": False}
 
 def named(model, params):
     return {name for name, p in model.named_parameters() if p in params}
+
+
+class MLP(nn.Module):
+    """DETR's."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
 
 
 class Everything(nn.Module):
@@ -38,6 +51,11 @@ class Everything(nn.Module):
         self.tied.weight = self.query_feat.weight
         self.cls_score = nn.Linear(4, 2)
         self.predictor = nn.ModuleDict({"linear1": nn.Linear(4, 4), "class_embed": nn.Linear(4, 2)})
+        self.bbox_embed = MLP()
+        self.transformer = nn.Module()  # Deformable DETR's and DINO's: one per layer
+        self.transformer.class_embed = nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 2)])
+        self.transformer.bbox_embed = nn.ModuleList([MLP(), MLP()])
+        self.transformer.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
         self.box_predictor = nn.ModuleList([nn.ModuleDict({"bbox_pred": nn.Linear(4, 4)})])
 
 
@@ -50,6 +68,9 @@ def test_matrices_inside_the_model():
         "attention.out_proj.weight",
         *(f"attention_of_others.{k}_proj_weight" for k in "qkv"),
         "attention_of_others.out_proj.weight",
+        "bbox_embed.layers.0.weight",
+        *(f"transformer.bbox_embed.{i}.layers.0.weight" for i in range(2)),
+        *(f"transformer.layers.{i}.weight" for i in range(2)),
         "predictor.linear1.weight",  # a transformer decoder may be called so
     }
 
@@ -175,6 +196,41 @@ def test_a_package_that_is_missing_or_old(found, said, tmp_path, monkeypatch):
 def test_groups_of_no_kind_are_told():
     with pytest.raises(ValueError, match=r"build_muon: params: .*L\(muon_params\)"):
         build_muon([{"params": list(ToyDetector().parameters())}], lr=0.1)
+
+
+def test_groups_of_muon_under_another_optimizer_are_told():
+    model = ToyDetector()
+    with pytest.raises(ValueError, match=r"optimizer: found AdamW .*build_muon"):
+        prepare(torch.optim.AdamW(muon_params(model), lr=0.1), model, False, None)
+    prepare(build_muon(muon_params(model), lr=0.1), model, False, None)
+
+
+@pytest.mark.parametrize("kind", ["muon", "lamb", "adamw"])
+def test_a_skipped_step_is_not_counted(kind):
+    def train(scales):
+        model = nn.Sequential(nn.Linear(4, 4))
+        model.backbone = nn.Linear(4, 4)
+        with torch.no_grad():
+            for param in model.parameters():
+                param.fill_(0.5)
+        params = muon_params(model) if kind == "muon" else [{"params": [*model.parameters()]}]
+        make = {
+            "muon": build_muon,
+            "lamb": loading_as_torch(pytorch_optimizer.Lamb),
+            "adamw": torch.optim.AdamW,
+        }[kind]
+        optimizer = make(params, lr=0.01)
+        skip_nonfinite_steps(optimizer, model)
+        with EventStorage():
+            for scale in scales:
+                for param in model.parameters():
+                    param.grad = torch.linspace(1, 2, param.numel()).view_as(param) * scale
+                optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    good = train([1, 2, 3])
+    nan = math.nan
+    same(good, train([nan, nan, 1, nan, 2, 3, nan]))
 
 
 def test_a_lazyconfigs_groups_are_those_of_a_yaml_config(tmp_path):
