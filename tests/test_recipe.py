@@ -330,7 +330,7 @@ def test_bad_files(tmp_path, text, message):
         (["--config-file", FASTER, "--batch-size", "8", "--rule", "gain"], "8: is below 16"),
         (
             ["--config-file", FASTER, "--batch-size", "64", "--scale-betas"],
-            "another optimizer and the rule",
+            "there is another optimizer",
         ),
         (["--config-file", __file__, "--batch-size", "64"], "has no number at dataloader.train"),
     ],
