@@ -184,11 +184,15 @@ GRID = list(dict.fromkeys([*FIRST, *ORDER]))
 
 
 def read(path: Path = RESULTS) -> dict[Key, dict]:
-    """The runs in `path`, and any_batch's at these learning rates, which see more images."""
-    found = {}
+    """The runs in `path`, and any_batch's at these learning rates, which see more images; of
+    several that differ in their iterations, one that did not diverge."""
+    found: dict[Key, dict] = {}
     for run, row in any_batch.read().items():
-        if (run.lr, run.seed, run.options) == (LR.get(run.arm, {}).get(run.batch), 1, ""):
-            found[Key(run.pipeline, run.arm, run.batch)] = {**row, "curves": variances(row)}
+        if (run.lr, run.seed, run.options) != (LR.get(run.arm, {}).get(run.batch), 1, ""):
+            continue
+        key = Key(run.pipeline, run.arm, run.batch)
+        if key not in found or found[key]["diverged_at"] is not None:
+            found[key] = {**row, "curves": variances(row)}
     if path.exists():
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         found |= {Key(*(row[key] for key in Key._fields)): row for row in rows}

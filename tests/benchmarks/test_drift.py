@@ -58,3 +58,20 @@ def test_three_quarters_of_the_pixels_have_no_loss():
 def test_levels_are_means_of_the_middle_and_the_end():
     curve = [9.0] * 15 + [0.5] * 15 + [7.0] * 6 + [1.0, None, 1.0, 1.0]
     assert drift.levels({"curves": {"fpn": curve}}) == {"fpn": (0.5, 1.0)}
+
+
+def test_the_page_holds_what_the_runs_say():
+    page = drift.PAGE.read_text().split(drift.BEGIN)[1].split(drift.END)[0]
+    assert page.strip() == drift.table(drift.read()).strip()
+
+
+def test_of_runs_with_other_iterations_one_that_ended_counts(monkeypatch, tmp_path):
+    def row(diverged_at):
+        return {"diverged_at": diverged_at, "curves": {"variance/fpn": [0.5], "gain/fpn": [2.0]}}
+
+    run = setting.Run("faster_rcnn", "sgd", 128, 0.04, 1, 1272)
+    rows = {run: row(None), run._replace(iterations=1607): row(84)}
+    for found in (rows, dict(reversed(rows.items()))):
+        monkeypatch.setattr(drift.any_batch, "read", lambda found=found: found)
+        (kept,) = drift.read(tmp_path / "none").values()
+        assert kept == {"diverged_at": None, "curves": {"fpn": [0.5]}}
