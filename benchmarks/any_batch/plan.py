@@ -95,8 +95,7 @@ GRID: list[Run] = [
     Run("panoptic_fpn", "muon", BASE, 0.001, 1),
     *runs("muon", BASE, 0.001, 0.002, 0.0005),
     *runs("gain_least_muon", 128, 0.001),
-    *rivals("sam", 2 * LR, LR),
-    *rivals("lamb", 0.004, 0.008, 0.002),
+    *same_epochs("sam", LR),
     *rivals("sgd_3", 2 * LR),
     *controls("sgd_3", LR),
     *controls("sgd_soft", LR),
@@ -125,11 +124,11 @@ GRID_ON_GPU: list[Run] = [
     for arm, lrs in {
         "sgd": (2 * LR, LR),
         "agvm": (2 * LR, 4 * LR, LR),
-        "sam": (2 * LR, LR),
+        "sam": (2 * LR,),
         "adamw": (0.001, 0.002, 0.004),
         "adamw_scaled": (0.001, 0.002),
         "lamb": (0.004, 0.008, 0.016),
-        "muon": (0.001, 0.002, 0.004),
+        "muon": (0.001, 0.002),
     }.items()
     for run in same_epochs(arm, *lrs)
 ]
