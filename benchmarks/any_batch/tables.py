@@ -109,7 +109,7 @@ def plan_against_runs(cells: Cells) -> str:
         optimizer = "adamw" if run.arm.endswith("adamw") else "sgd"
         base = cells.get(Run(run.pipeline, optimizer, BASE, run.lr, 0))
         rows = ended(rows)
-        if not run.arm.startswith("gain_least") or not base or not rows or run.options:
+        if not run.arm.startswith("gain_least") or not base or not rows:
             continue
         foretold = predict(measured(base[0]), run.batch).iterations
         took = statistics.fmean(row["took"] for row in rows)
@@ -117,13 +117,14 @@ def plan_against_runs(cells: Cells) -> str:
             [
                 run.pipeline,
                 str(run.batch),
+                label(run),
                 f"{run.lr:g}",
                 str(foretold),
                 f"{took:.0f}",
                 f"{100 * (foretold / took - 1):+.0f} %",
             ]
         )
-    return table(["pipeline", "batch", "LR", "plan", "took", "plan / took"], lines)
+    return table(["pipeline", "batch", "method", "LR", "plan", "took", "plan / took"], lines)
 
 
 def gains_of(curves: dict[str, list]) -> list[np.ndarray]:
