@@ -176,8 +176,8 @@ class Key(NamedTuple):
 
 ORDER = [
     *(Key(p, "sgd", batch) for p in PANELS for batch in (SMALL, LARGE)),
-    *(Key(p, "sgd", LARGE) for p in WHY[1:]),
     *(Key(p, "adamw", batch) for p in (*PANELS, "faster_rcnn_swin") for batch in (SMALL, LARGE)),
+    *(Key(p, "sgd", LARGE) for p in WHY[1:]),
 ]
 FIRST = [Key(p, "sgd", LARGE) for p in WHY]
 GRID = list(dict.fromkeys([*FIRST, *ORDER]))
