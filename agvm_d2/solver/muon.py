@@ -44,10 +44,10 @@ def _predicts(model: nn.Module, name: str) -> bool:
     """Is it the last layer of a predictor, which may be one of a list, or an MLP as DETR's?"""
     words = [word for word in name.split(".") if not word.isdigit()]
     if words[-1:] == ["layers"]:
-        parent, _, index = name.rpartition(".")
-        if index == str(len([*model.get_submodule(parent).children()]) - 1):
+        layers = model.get_submodule(name.rpartition(".")[0])
+        if [*layers.children()][-1] is model.get_submodule(name):
             words.pop()
-    return words[-1:] != [] and words[-1] in LAST
+    return not LAST.isdisjoint(words[-1:])
 
 
 def muon_groups(params: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
