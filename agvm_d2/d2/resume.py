@@ -316,6 +316,6 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[st
         values = saved.get(key, "(none)"), now.get(key, "(none)")
         drawn = key in SEED and isinstance(values[1], int) and values[1] < 0  # none asked for
         same = values[0] == values[1] or repr(values[0]) == repr(values[1])  # also NaN
-        same = same or all(value in (None, "(none)") for value in values)  # as beside a dict
+        same = same or all(value in (None, "(none)") for value in values)  # None is as good as none
         if not same and not NEUTRAL.fullmatch(key) and not drawn:
             yield key, *values

@@ -264,8 +264,10 @@ def skip_nonfinite_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
 
     def recount(*_: Any) -> None:
         for group, count in zip(optimizer.param_groups, counts, strict=False):
-            group.pop("step", None)
-            group.update({} if count is None else {"step": count})
+            if count is None:
+                group.pop("step", None)
+            else:
+                group["step"] = count
         counts.clear()
 
     @torch.no_grad()
