@@ -50,7 +50,8 @@ class Baseline(NamedTuple):
     max_iter: int
     steps: tuple[int, ...] = ()  # none in a LazyConfig, where drops are shares of training
     checkpoint_period: int = 5000
-    adam: bool = False
+    adam: bool = False  # or Muon, whose rate is AdamW's
+    muon: bool = False
     agvm: dict | None = None  # a LazyConfig's
     betas: tuple[float, float] | None = None  # of Adam and LAMB
     eps: float = EPS["ADAMW"]
@@ -126,8 +127,16 @@ def recipe(
         )
     warmup, _ = warm_up(base, batch)
     window = min(CLIP, warmup)
+    agvm = {
+        "ENABLED": True,  # a baseline's config has it off
+        "START_ITER": warmup + window,
+        **_changed(base, {**DEFAULTS, "RULE": "variance", "SCHEDULE": "iterations"}),
+        **({"INTERVAL": 5} if batch > 1000 else {}),
+    }
     clip = _clipping(base, {"ENABLED": True, "CLIP_TYPE": "full_model", "CLIP_VALUE": 1.0})
     first, last = warmup - window, warmup + window + 1
+    if base.muon:  # as it was tried: without AGVM's factors and clipping (docs/evidence.md)
+        agvm, clip, last = {"ENABLED": True, "MODE": "monitor"}, {}, 0
     if base.clip:  # its type and value stay; a window goes where the end of warm-up goes
         clip, before = {}, base.clip.get("ITER_RANGE") or (0, base.max_iter)
         first, last = min(first, before[0]), last if before[1] < base.max_iter else 0
@@ -152,12 +161,7 @@ def recipe(
             **({"CLIP_GRADIENTS": clip} if clip else {}),
         },
         **({"TEST": {"EVAL_PERIOD": period}} if base.eval_period else {}),
-        "AGVM": {
-            "ENABLED": True,  # a baseline's config has it off
-            "START_ITER": warmup + window,
-            **_changed(base, {**DEFAULTS, "RULE": "variance", "SCHEDULE": "iterations"}),
-            **({"INTERVAL": 5} if batch > 1000 else {}),
-        },
+        "AGVM": agvm,
     }
 
 
@@ -294,6 +298,7 @@ def read_baseline(path: str, allow_unsafe: bool = False) -> Baseline:
         tuple(solver.STEPS),
         solver.CHECKPOINT_PERIOD,
         solver.OPTIMIZER in EPS,
+        solver.OPTIMIZER == "MUON",
         betas=tuple(solver.BETAS) if solver.OPTIMIZER in ("ADAMW", "LAMB") else None,
         eps=solver.EPS or EPS.get(solver.OPTIMIZER, 0.0),
         warmup=solver.WARMUP_ITERS,
@@ -329,7 +334,7 @@ def of_lazyconfig(cfg: DictConfig, path: str) -> Baseline:
     target = target.replace("<lambda>", "")
     adam = any(name in target for name in ("adam", "lamb"))
     betas = tuple(cfg.optimizer.get("betas", (0.9, 0.999))) if adam else None
-    adam |= "muon" in target  # its rate is AdamW's
+    muon = "muon" in target
     eps = cfg.optimizer.get("eps", EPS["LAMB" if "lamb" in target else "ADAMW"])
     own, lr, max_iter = found
     agvm: Any = OmegaConf.to_container(cfg.get("agvm") or OmegaConf.create({}))
@@ -342,7 +347,8 @@ def of_lazyconfig(cfg: DictConfig, path: str) -> Baseline:
         max_iter,
         (),
         period,
-        adam,
+        adam or muon,
+        muon,
         agvm,
         betas,
         eps,
@@ -409,6 +415,8 @@ def main(argv: list[str] | None = None) -> None:
                 )
     else:
         print(f"# Warm-up is {warm_up(base, args.batch_size)[1]}.")
+        if base.muon:
+            print("# AGVM only measures: its factors have not been tried on Muon.")
         if base.clip:
             print(clipped(base.clip))
         if keys["SOLVER"]["MAX_ITER"] < FEW_ITERATIONS:

@@ -198,10 +198,24 @@ def test_a_lazyconfig_with_muon_scales_as_adamw_without_its_betas():
         "optimizer.params._target_=agvm_d2.solver.muon_params",
     ]
     base = recipe.of_lazyconfig(lazy.load(VITDET, overrides), VITDET)
-    assert base.adam and base.betas is None
+    assert base.adam and base.muon and base.betas is None
+    assert recipe.recipe(base, 64)["AGVM"] == {"ENABLED": True, "MODE": "monitor"}
     assert recipe.recipe(base, 64)["SOLVER"]["BASE_LR"] == pytest.approx(2 * base.lr)
     with pytest.raises(ValueError, match="--scale-betas: is for ADAMW and LAMB"):
         recipe.recipe(base, 64, scale_betas=True)
+
+
+def test_of_a_config_with_muon_agvm_only_measures(capsys, tmp_path):
+    path = tmp_path / "muon.yaml"
+    path.write_text(f"_BASE_: {FASTER}\nSOLVER: {{OPTIMIZER: MUON, BASE_LR: 0.001}}\n")
+    out = run(capsys, "--config-file", path, "--batch-size", 64)
+    cfg = printed(out, tmp_path)
+    assert cfg.SOLVER.BASE_LR == 0.002 and cfg.SOLVER.MAX_ITER == 22500
+    assert cfg.AGVM.MODE == "monitor" and "AGVM only measures" in out
+    assert not cfg.SOLVER.CLIP_GRADIENTS.ENABLED
+    by_gain = run(capsys, "--config-file", path, "--batch-size", 64, "--rule", "gain")
+    cfg = printed(by_gain, tmp_path)
+    assert cfg.AGVM.MODE == "modulate" and cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "relative"
 
 
 def test_an_optimizer_that_is_a_function_is_no_lamb():

@@ -7,6 +7,7 @@ second optimizer beside it.
 
 from __future__ import annotations
 import importlib.metadata
+import logging
 from typing import Any
 import torch
 from detectron2.solver.build import get_default_optimizer_params
@@ -14,7 +15,11 @@ from torch import nn
 
 from ..param_groups import loading_as_torch
 
+logger = logging.getLogger("detectron2.agvm_d2")
+
 VERSION = (4, 1)  # of pytorch-optimizer: Muon's groups were made in another way before
+
+SGDS_LR = 0.01  # and above: docs/evidence.md
 
 # Predictors, by the last word of their name: Detectron2's, and DETR's.
 LAST = {
@@ -122,6 +127,11 @@ def build_muon(
         )
     from pytorch_optimizer import Muon
 
+    if lr >= SGDS_LR:
+        logger.warning(
+            f"SOLVER.BASE_LR (optimizer.lr): found {lr:g}, which is SGD's size. Muon's learning "
+            "rate is AdamW's, such as 0.0001 to 0.004, and 0.01 broke training down in our runs."
+        )
     if not all(isinstance(group, dict) and "use_muon" in group for group in params):
         raise ValueError(
             "build_muon: params: a group does not say whether it is Muon's. Make them by "

@@ -11,9 +11,11 @@ RELATIVE_CLIP = (
     "SOLVER.CLIP_GRADIENTS.ENABLED True SOLVER.CLIP_GRADIENTS.CLIP_TYPE relative "
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE 4.0"
 )
+HEAVY_DECAY = "SOLVER.WEIGHT_DECAY 0.05"  # AdamW's
 OPTIONS = {  # in words
     LOOSE_CLIP: "norm clipped at 10",
     RELATIVE_CLIP: "norm clipped at 4 × its average",
+    HEAVY_DECAY: "weight decay 0.05",
     ON_GPU: "",
 }
 LR = 0.02  # of the base, which 0.04 does not beat by more than seeds may differ
@@ -90,6 +92,7 @@ GRID: list[Run] = [
     # Muon: the base's epochs are enough for it. Its own base, and by the gain.
     *same_epochs("muon", 0.002, seeds=SEEDS),
     *same_epochs("muon", 0.004),
+    *(run._replace(options=HEAVY_DECAY) for run in same_epochs("muon", 0.002)),
     *runs("muon", 256, 0.0028, seeds=SEEDS, iterations=ITERATIONS * BASE // 256),
     *(Run("panoptic_fpn", "muon", 128, 0.002, s, ITERATIONS * BASE // 128) for s in SEEDS),
     Run("panoptic_fpn", "muon", BASE, 0.001, 1),
@@ -114,6 +117,7 @@ GRID: list[Run] = [
     ),
     Run("faster_rcnn", "gain_least", 128, LR, 1, options=RELATIVE_CLIP),
     *runs("gain_decay", 128, LR),
+    *runs("gain_least", 512, LR),
     # As many images at the base batch as by the smallest gain at 128.
     *runs("sgd", BASE, LR, iterations=TOOK["faster_rcnn"] * 128 // BASE),
 ]

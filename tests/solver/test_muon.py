@@ -198,6 +198,12 @@ def test_groups_of_no_kind_are_told():
         build_muon([{"params": list(ToyDetector().parameters())}], lr=0.1)
 
 
+@pytest.mark.parametrize("lr, told", [(0.004, False), (0.02, True)])
+def test_a_learning_rate_of_sgds_size_is_told(lr, told, caplog):
+    build_muon(muon_params(ToyDetector()), lr=lr)
+    assert (f"optimizer.lr): found {lr:g}, which is SGD's" in caplog.text) == told
+
+
 def test_groups_of_muon_under_another_optimizer_are_told():
     model = ToyDetector()
     with pytest.raises(ValueError, match=r"optimizer: found AdamW .*build_muon"):
