@@ -231,6 +231,9 @@ class AGVM:
         active = self.settings.mode == "modulate" and self.modulator.active(self._iteration)
         if active and self._saved_lrs is None:
             groups, factors = self.optimizer.param_groups, self.modulator.factors.tolist()
+            if len(groups) != len(self._group_module):  # some were added
+                self._update_modules()
+                self._group_module = module_of_groups(self.optimizer, self.modules)
             self._saved_lrs = [group["lr"] for group in groups]
             for group, module in zip(groups, self._group_module, strict=True):
                 if module >= 0:
@@ -242,7 +245,9 @@ class AGVM:
         if self._depth == 0:
             self._restore_lrs()
             groups = self.optimizer.param_groups  # without gradients where the step was left out
-            self._count(any(p.grad is not None for group in groups for p in group["params"]))
+            stepped = any(p.grad is not None for group in groups for p in group["params"])
+            overflow = getattr(optimizer, "found_inf", None)  # a GradScaler's word to a fused one
+            self._count(stepped and not (overflow is not None and bool(overflow)))
 
     def _restore_lrs(self) -> None:
         if self._saved_lrs is not None:
@@ -267,6 +272,7 @@ class AGVM:
 
     def restart(self) -> None:
         """Progress is 0 again, for training that begins anew."""
+        self._iteration = -1
         self._progress.restart()
 
     @property
@@ -337,9 +343,10 @@ class AGVM:
         if (moments is None or accumulates) and not self._warned:
             self._warned = True
             logger.warning(
-                f"AGVM: iteration {self._iteration} added its gradients to older ones, or took no "
-                "step: this project accumulates gradients over iterations. What is measured is one "
-                "iteration's gradient, whenever it stands alone. Accumulate within an iteration "
+                f"AGVM: iteration {self._iteration} added its gradients to older ones, took no "
+                "step, or had only one gradient, as a short last batch has. If this project "
+                "accumulates gradients over iterations, what is measured is one iteration's "
+                "gradient, whenever it stands alone. Accumulate within an iteration "
                 "(SOLVER.MICRO_BATCH_SIZE) to measure the whole batch of a step."
             )
 
@@ -431,6 +438,7 @@ class AGVM:
             "rule": self._rule(),
             "unit": self._unit(),
             "progress": self._progress.state_dict(),
+            "wanted": self._wanted,  # a measurement that was due is still to be made
         }
         return {**self.modulator.state_dict(), **parts}
 
@@ -443,6 +451,7 @@ class AGVM:
             self._progress.load_state_dict(state["progress"])
         elif self.settings.by_gain:
             raise ValueError(NO_PROGRESS)
+        self._wanted = state.get("wanted", False)
         rule, unit = state.get("rule", self._rule()), state.get("unit", self._unit())
         changed = [key for key, value in self._rule().items() if rule.get(key, value) != value]
         if changed:
@@ -453,7 +462,7 @@ class AGVM:
                 "they start at 1 again."
             )
         if unit != self._unit():
-            self.modulator.forget_averages()
+            self.modulator.clear_averages()
 
 
 def build_tap(
@@ -470,7 +479,7 @@ def build_tap(
         optimizer: with Adam's, gradients are measured over its second moments.
 
     Raises:
-        ValueError: see `shards.check_sharding`, `split.build_split_tap`.
+        ValueError: what a sharded model cannot have; see `split.build_split_tap`.
     """
     precondition = preconditioner(optimizer) if optimizer is not None else None
     if is_sharded(model):
@@ -480,8 +489,6 @@ def build_tap(
         ):
             if found:
                 raise ValueError(f"{key} is for DistributedDataParallel; sharded, {way}.")
-        reshard(model)
-        check_sharding(model, optimizer)
         return ShardedTap(model, modules, precondition)
     if split:
         if precondition is not None and optimizer is not None and is_zero(optimizer):

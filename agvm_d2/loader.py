@@ -1,4 +1,4 @@
-"""The public names of `agvm_d2.d2` that stood here before version 0.2."""
+"""The public place of `agvm_d2.d2.loader`'s names; `TrainLoader` is version 0.1's."""
 
 from .d2.loader import BadImageError, ResumableLoader, build_train_loader
 

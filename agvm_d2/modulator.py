@@ -41,18 +41,15 @@ class Modulator:
         self.factors = torch.ones(len(names), dtype=torch.float64)
         self.last: Moments | None = None  # measurement
         self.variance = torch.full_like(self.factors, torch.nan)  # of the last measurement
-        self._clear(0)
+        self.clear_averages()
 
-    def _clear(self, num_units: int) -> None:
-        """Forget the averages of S1/S1 and S2/S1, of each module and of all together. Over S1, so
-        that neither one huge gradient nor gradients that were huge once rule them for long."""
+    def clear_averages(self, num_units: int = 0) -> None:
+        """Forget those behind the noise scale, of `num_units` gradients from now on; the factors
+        stay. They are of S1/S1 and S2/S1, of each module and of all together. Over S1, so that
+        neither one huge gradient nor gradients that were huge once rule them for long."""
         self.num_units = num_units
         self.unit_sq = torch.zeros(len(self.names) + 1, dtype=torch.float64)
         self.mean_sq = torch.zeros_like(self.unit_sq)
-
-    def forget_averages(self) -> None:
-        """Of the noise scale; the factors stay."""
-        self._clear(0)
 
     def active(self, iteration: int) -> bool:
         """Do the factors hold in this iteration?"""
@@ -65,7 +62,7 @@ class Modulator:
     def update(self, moments: Moments) -> None:
         """Take a measurement in. A module where it is not finite keeps what it had."""
         if moments.num_units != self.num_units:  # averages of other units, before a resume
-            self._clear(moments.num_units)
+            self.clear_averages(moments.num_units)
         self.last, self.variance = moments, moments.variance
         unit_sq, mean_sq = moments.with_model()
         ratio = mean_sq / unit_sq
@@ -106,7 +103,7 @@ class Modulator:
                 "weights, without --resume."
             )
         self.factors = torch.tensor(state["factors"], dtype=torch.float64)
-        self._clear(state["num_units"])
+        self.clear_averages(state["num_units"])
         if len(state["unit_sq"]) == len(self.unit_sq):  # not of version 0.1
             self.unit_sq = torch.tensor(state["unit_sq"], dtype=torch.float64)
             self.mean_sq = torch.tensor(state["mean_sq"], dtype=torch.float64)

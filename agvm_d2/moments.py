@@ -133,7 +133,7 @@ class GradientTap:
     @torch.no_grad()
     def collect(self) -> Moments | None:
         """Moments over all workers, with the same bits in each, so that all decide alike; None
-        where a worker's gradients were added to older ones, or where none were averaged.
+        where a worker's gradients were added to older ones, none were averaged, or there is one.
 
         One all-reduce of 2 * modules + 1 float64 (`split`: 3 * modules + 1) and one host sync.
         """
@@ -144,7 +144,7 @@ class GradientTap:
         if self.workers > 1:
             dist.all_reduce(numbers, group=self.group)
         numbers = numbers.cpu()
-        if not numbers[-1] > 0:
+        if not numbers[-1] > 1:
             return None
         return self.moments(numbers[:-1].view(rows.shape) / self.workers, int(numbers[-1]))
 

@@ -200,15 +200,20 @@ def _fit_state(
             "start from its weights: MODEL.WEIGHTS, without --resume."
         )
     # Saved without AGVM: the same parameters in the same groups, not yet split.
-    index: dict[nn.Parameter, int] = {}
-    group_of: dict[nn.Parameter, dict] = {}
-    for group, params in zip(saved, whole, strict=True):
-        index.update(zip(params, group["params"], strict=True))
+    return regroup(state, whole, [group["params"] for group in groups])
+
+
+def regroup(state: dict, saved: list[list[Any]], now: list[list[Any]]) -> dict:
+    """An optimizer's saved state in other groups of the same parameters, each with the options of
+    the group that its first parameter was in.
+
+    Args:
+        saved, now: the parameters of each group, or their names.
+    """
+    group_of: dict[Any, dict] = {}
+    index: dict[Any, int] = {}
+    for params, group in zip(saved, state["param_groups"], strict=True):
         group_of.update(dict.fromkeys(params, group))
-    return {
-        **state,
-        "param_groups": [
-            {**group_of[group["params"][0]], "params": [index[p] for p in group["params"]]}
-            for group in groups
-        ],
-    }
+        index.update(zip(params, group["params"], strict=True))
+    groups = [{**group_of[params[0]], "params": [index[p] for p in params]} for params in now]
+    return {**state, "param_groups": groups}

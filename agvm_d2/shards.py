@@ -19,7 +19,7 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def units(model: nn.Module) -> list[Any]:
+def fsdp_modules(model: nn.Module) -> list[Any]:
     """The modules on which `fully_shard` was called, from the outermost on."""
     return [m for m in model.modules() if "FSDPModule" in {c.__name__ for c in type(m).__mro__}]
 
@@ -27,7 +27,8 @@ def units(model: nn.Module) -> list[Any]:
 def is_sharded(model: nn.Module) -> bool:
     """Has it parts under `fully_shard`, other DTensors, or FSDP1's flat parameters?"""
     flat = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
-    return flat or bool(units(model)) or any(hasattr(p, "to_local") for p in model.parameters())
+    sharded = any(hasattr(p, "to_local") for p in model.parameters())
+    return flat or sharded or bool(fsdp_modules(model))
 
 
 def _divide_factor(unit: Any) -> float | None:
@@ -43,7 +44,7 @@ def _divide_factor(unit: Any) -> float | None:
 def reshard(model: nn.Module) -> None:
     """Let the model hold its shards. After a forward pass without a backward one, as in an
     evaluation, the outermost unit still holds whole parameters."""
-    for unit in units(model):
+    for unit in fsdp_modules(model):
         unit.reshard()
 
 
@@ -60,18 +61,18 @@ def check_sharding(model: nn.Module, optimizer: torch.optim.Optimizer | None = N
             "of several modules into one. Shard the model with FSDP2, "
             "torch.distributed.fsdp.fully_shard."
         )
-    if not units(model):
+    if not fsdp_modules(model):
         raise ValueError(
             "AGVM: the model's parameters are DTensors, but not by fully_shard. Tensor parallelism "
             "alone gives no gradients to compare: use FSDP2, or train with AGVM.ENABLED False."
         )
-    if units(model)[0] is not uncompiled(model):
+    if fsdp_modules(model)[0] is not uncompiled(model):
         raise ValueError(
             f"AGVM: parts of the model are sharded, but not {type(uncompiled(model)).__name__} "
             "itself: call fully_shard on it last, after its parts."
         )
     world = dist.get_world_size() if dist.is_initialized() else 1
-    for unit in units(model):
+    for unit in fsdp_modules(model):
         factor = _divide_factor(unit)
         if factor is not None and factor != world:
             raise ValueError(
@@ -119,7 +120,7 @@ def whole_parameters(model: nn.Module) -> dict[nn.Parameter, nn.Parameter]:
     """Shard -> the whole parameter that forward and backward use, which FSDP2 keeps for the life
     of the model and fills in turn. Each unit is gathered once, so all workers call this."""
     found: dict[nn.Parameter, nn.Parameter] = {}
-    for unit in units(model):
+    for unit in fsdp_modules(model):
         shards = dict(unit.named_parameters())
         unit.unshard()
         for name, param in unit.named_parameters():

@@ -162,12 +162,9 @@ class SplitMicroBatchTap(GradientTap):
 
     @torch.no_grad()
     def average_done(self) -> None:
-        if self._first is None or self._num_units <= self.cut:
-            raise RuntimeError(
-                "AGVM.ESTIMATOR split compares micro-batches, but of this step it saw "
-                f"{self._num_units}: give AGVMHook(micro_batches=) their number and call "
-                "after_micro_batch() after each, as MicroBatchTrainer does."
-            )
+        if self._first is None or self._num_units <= self.cut:  # a short batch
+            self._rows, self._num_units = torch.zeros(3, len(self.modules)), 0
+            return
         grad_of = {p: p.grad for p in self.params if p.grad is not None}
         grads, zero = list(grad_of.values()), torch.zeros((), device=self.device)
         first = [self._first.get(p, zero).expand_as(p) for p in grad_of]
@@ -198,15 +195,18 @@ def build_split_tap(
         ValueError: neither micro-batches nor DDP with a free communication hook.
     """
     model = uncompiled(model)
-    if not isinstance(model, DistributedDataParallel):
+    ddp = model if isinstance(model, DistributedDataParallel) else None
+    if ddp is None or dist.get_world_size(ddp.process_group) == 1:
         if micro_batches < 2:
             raise ValueError(
                 "AGVM.ESTIMATOR split compares halves of the workers, but the model given to "
                 "AGVMHook is not inside DistributedDataParallel."
             )
+        if ddp is not None and inner is not None:
+            ddp.register_comm_hook(*inner)
         return SplitMicroBatchTap(modules, micro_batches, precondition)
     try:
-        return SplitBucketTap(model, modules, precondition, inner)
+        return SplitBucketTap(ddp, modules, precondition, inner)
     except RuntimeError as error:
         raise ValueError(
             "AGVM.ESTIMATOR split needs DDP's communication hook, which is taken: give the "

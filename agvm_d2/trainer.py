@@ -1,4 +1,4 @@
-"""The public names of `agvm_d2.d2` that stood here before version 0.2."""
+"""The public place of `agvm_d2.d2`'s trainers."""
 
 from .d2.micro_batches import MicroBatchTrainer, in_micro_batches
 from .d2.trainer import AGVMTrainer, AGVMTrainerMixin, create_ddp_model

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from agvm_d2 import AGVM, AGVMHook, split_param_groups
 from agvm_d2.d2 import lazy
-from agvm_d2.d2.fsdp import units
+from agvm_d2.d2.fsdp import parts_to_shard
 from agvm_d2.d2.micro_batches import MicroBatchTrainer
 from agvm_d2.moments import TensorTap
 
@@ -126,7 +126,7 @@ def build(overrides: list[str], workers: int) -> torch.nn.Module:
     if workers > 1:
         return lazy.build_model(cfg)
     model = instantiate(cfg.model)
-    for unit in units(model, 1_000_000):
+    for unit in parts_to_shard(model, 1_000_000):
         unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)
     return model
 

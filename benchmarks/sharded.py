@@ -21,7 +21,7 @@ from detectron2.utils.events import EventStorage
 from torch.nn.parallel import DistributedDataParallel
 
 from agvm_d2 import AGVM, Settings, split_param_groups
-from agvm_d2.d2.fsdp import shard, units
+from agvm_d2.d2.fsdp import parts_to_shard, shard
 from agvm_d2.shards import shard_like
 from benchmarks.overhead import ROUND, make_image, make_model
 
@@ -35,7 +35,7 @@ class Job:
 
     def __init__(self, variant: str, model_name: str, lr: float):
         model, self.side = make_model(model_name)
-        self.units = len(units(model, UNIT_SIZE[model_name]))
+        self.units = len(parts_to_shard(model, UNIT_SIZE[model_name]))
         if variant.startswith("FSDP2"):
             self.model = shard(model, "cpu", {"unit_size": UNIT_SIZE[model_name]})
         else:

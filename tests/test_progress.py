@@ -7,7 +7,7 @@ import torch
 from torch.optim import lr_scheduler as torch_schedulers
 
 from agvm_d2.moments import pairwise_moments
-from agvm_d2.progress import Progress, check_scheduler, set_position
+from agvm_d2.progress import Progress, check_scheduler, fit_scheduler, set_position
 
 
 def moments(unit_sq, mean_sq, k=4):
@@ -123,6 +123,13 @@ def test_the_rates_are_those_after_so_many_steps():
         set_position(scheduler, 2.5)
     assert [group["lr"] for group in sgd.param_groups] == [0.75, 1.5]
     assert scheduler.get_last_lr() == [0.75, 1.5] and scheduler.last_epoch == 2.5
+    fit_scheduler(scheduler, 4)  # of a checkpoint with progress
+    assert [group["lr"] for group in sgd.param_groups] == [0.6, 1.2]
+    assert scheduler.last_epoch == 4 and isinstance(scheduler.last_epoch, int)
+    scheduler.base_lrs = [5.0]  # of one without split groups
+    fit_scheduler(scheduler, 4)
+    scheduler.step()
+    assert scheduler.get_last_lr() == [0.5, 1.0]
 
 
 @pytest.mark.parametrize(

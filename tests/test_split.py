@@ -99,8 +99,32 @@ def test_without_micro_batches_it_says_what_to_call(passes):
     loss(model, batch(4)).backward()
     for _ in range(passes):
         agvm.micro_batch_done(1.0)
-    with pytest.raises(RuntimeError, match=f"saw {passes}: .*after_micro_batch"):
-        agvm.backward_done()
+    agvm.backward_done()
+    with pytest.raises(RuntimeError, match=r"this loop ran 1, by its calls .*after_micro_batch"):
+        optimizer.step()
+
+
+def test_one_worker_in_ddp_has_micro_batches_to_compare(workers):
+    assert workers(1).run(_variance_in_ddp) == [
+        micro_batches((4, 4))[0].modulator.variance.tolist()
+    ]
+
+
+def _variance_in_ddp():
+    model, data = ToyDetector(), batch(8)
+    optimizer = split_param_groups(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    settings = Settings(estimator="split", momentum=0.0)
+    hook = (None, default_hooks.allreduce_hook)
+    ddp = DistributedDataParallel(model)
+    agvm = AGVM(ddp, optimizer, settings, micro_batches=2, comm_hook=hook)
+    agvm.begin(0)
+    for unit in (data[:4], data[4:]):
+        (loss(ddp, unit) / 2).backward()
+        agvm.micro_batch_done(0.5)
+    agvm.backward_done()
+    optimizer.step()
+    agvm.end()
+    return agvm.modulator.variance.tolist()
 
 
 def test_collect_without_the_average_says_what_to_call():

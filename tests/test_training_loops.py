@@ -213,6 +213,33 @@ def test_fused_optimizers_are_clipped_after_unscaling(clip_type, value):
         assert float(steps[1].norm()) == pytest.approx(value, rel=1e-3)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_a_grad_scaler_leaves_out_counts_one(fused):
+    """It leaves the decision to a fused optimizer's step, whose gradients stay."""
+    model = ToyDetector()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+    split_param_groups(optimizer, model)
+    settings = Settings(rule="gain", schedule="gain", base_batch_size=2, start_iter=0, interval=1)
+    agvm = AGVM(model, optimizer, settings, micro_batches=HALVES, batch_size=8, max_iter=100)
+    agvm.follow(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1.0))
+    agvm._progress.gains.fill_(3.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    made = []
+    for i in range(2):
+        agvm.begin(i)
+        optimizer.zero_grad()
+        for unit in units(i):
+            scaler.scale((torch.inf if i else 1.0) * loss(model, unit) / HALVES).backward()
+            agvm.micro_batch_done(1 / HALVES)
+        agvm.backward_done()
+        before = agvm.progress
+        scaler.step(optimizer)
+        scaler.update()
+        agvm.end()
+        made.append(agvm.progress - before)
+    assert made[0] > 1 and made[1] == 1
+
+
 def test_a_loop_that_cannot_be_measured_fails_in_its_first_iteration():
     agvm, optimizer = make(ToyDetector(), start_iter=1000)
     agvm.begin(0)
@@ -230,6 +257,46 @@ def test_a_loop_without_the_micro_batches_it_was_set_up_for_fails_in_its_first_i
     agvm.backward_done()
     with pytest.raises(RuntimeError, match="set up for 2 micro-batches, .*MICRO_BATCH_SIZE"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("estimator", ["pairwise", "split"])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_short_last_batch_is_measured_where_it_has_two_gradients(estimator, passes, log):
+    """An epoch's last one may have fewer pieces than the others."""
+    model = ToyDetector()
+    agvm, optimizer = make(model, estimator=estimator)
+    agvm.micro_batches = agvm.num_units = 3
+    if estimator == "split":
+        agvm.attach()  # halves of two and one
+    for i, count in enumerate((3, passes, 3)):
+        agvm.begin(i)
+        optimizer.zero_grad()
+        for k in range(count):
+            (loss(model, batch(4, seed=k)) / count).backward()
+            agvm.micro_batch_done(1 / count)
+        agvm.backward_done()
+        optimizer.step()
+        agvm.end()
+        short = passes < 2 or estimator == "split"
+        assert agvm.measured == (count == 3 or not short)
+    assert len(warnings_in(log)) == short and all("short last" in w for w in warnings_in(log))
+
+
+def test_a_measurement_that_was_due_is_made_after_a_resume_too():
+    model = ToyDetector()
+    agvm, optimizer = make(model, interval=10, start_iter=1)
+    for i in range(3):  # iteration 1, which was due, adds to 0's gradients
+        agvm.begin(i)
+        backward(agvm, i)
+        agvm.end()
+    assert agvm.modulator.num_units == 0
+    again, optimizer = make(model, interval=10, start_iter=1)
+    again.load_state_dict(agvm.state_dict())
+    optimizer.zero_grad()
+    again.begin(3)
+    backward(again, 3)
+    optimizer.step()
+    assert again.measured
 
 
 def test_the_capture_of_a_cuda_graph_is_refused(monkeypatch):
@@ -281,6 +348,33 @@ def test_parameters_unfrozen_while_training_are_measured():
         assert len(names) == (4 if i else 2)
         wanted = reference.moments(reference.flatten(gradients, names))
         assert agvm.modulator.last.unit_sq[0] == pytest.approx(wanted[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("at", [4, 5])  # of which one is measured
+@pytest.mark.parametrize("frozen", [True, False])
+def test_groups_added_while_training_have_their_modules_factor(at, frozen):
+    model = ToyDetector()
+    late = [*model.backbone.bottom_up[0].parameters()]
+    for p in late:
+        p.requires_grad_(not frozen)
+    others = [p for p in model.parameters() if all(p is not one for one in late)]
+    agvm, optimizer = make(model, torch.optim.SGD(others, lr=1e-6), interval=2)
+    seen = []
+    optimizer.register_step_post_hook(lambda o, *_: seen.append(o.param_groups[-1]["lr"]))
+    for i in range(8):
+        if i == at:
+            for p in late:
+                p.requires_grad_(True)
+            optimizer.add_param_group({"params": late, "lr": 1e-6})
+        agvm.begin(i)
+        model.zero_grad()
+        backward(agvm, i)
+        agvm.modulator.factors[0] = 3.0  # the backbone's
+        optimizer.step()
+        agvm.end()
+    # Measured at every second: halfway from 3 to the anchor's 1.
+    assert seen[at:] == pytest.approx([1e-6 * (3.0 if i % 2 else 2.0) for i in range(at, 8)])
+    assert optimizer.param_groups[-1]["lr"] == 1e-6 and len(optimizer.param_groups) == 5
 
 
 def test_a_module_unfrozen_while_training_is_refused():

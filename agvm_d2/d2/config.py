@@ -28,7 +28,8 @@ def add_agvm_config(cfg: CN) -> None:
     # share of IMS_PER_BATCH; 0: all at once.
     cfg.SOLVER.MICRO_BATCH_SIZE = 0
     # Iterations [first, last) in which CLIP_GRADIENTS works; (): always. CLIP_TYPE may also be
-    # "full_model", the norm over all parameters together.
+    # "full_model", the norm over all parameters together, or "relative", that to CLIP_VALUE times
+    # its average.
     cfg.SOLVER.CLIP_GRADIENTS.ITER_RANGE = ()
     # A NaN or inf: "stop" when the loss has one, as Detectron2, or "skip" each step whose gradient
     # has one, in all workers alike.

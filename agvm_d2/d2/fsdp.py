@@ -95,7 +95,7 @@ def _set_random_state(of_torch: torch.Tensor, of_numpy: Any, of_python: Any) -> 
     random.setstate(of_python)
 
 
-def units(model: nn.Module, unit_size: int) -> list[nn.Module]:
+def parts_to_shard(model: nn.Module, unit_size: int) -> list[nn.Module]:
     """Parts of the model, the innermost first, that FSDP2 gathers one at a time: blocks, which a
     ModuleList or Sequential holds, of `unit_size` parameters beside those of units inside them."""
     found: list[nn.Module] = []
@@ -140,7 +140,7 @@ def shard(model: nn.Module, device: str, options: Mapping[str, Any]) -> nn.Modul
     names = ("replicas", "shards")[replicas == 1 :]
     mesh = init_device_mesh(torch.device(device).type, sizes, mesh_dim_names=names)
     policy = MixedPrecisionPolicy(PRECISIONS[values["precision"]], reduce_dtype=torch.float32)
-    parts = units(model, values["unit_size"])
+    parts = parts_to_shard(model, values["unit_size"])
     if values["checkpoint_activations"]:
         _check_checkpointed(parts)
     for unit in parts:

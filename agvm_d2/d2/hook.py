@@ -10,7 +10,7 @@ from textwrap import indent
 from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
@@ -19,7 +19,7 @@ from ..agvm import AGVM
 from ..modulator import Modulator
 from ..modules import module_table
 from ..moments import CommHook
-from ..progress import foretell, signal_of
+from ..progress import fit_scheduler, foretell, signal_of
 from ..settings import Settings
 from ..validate import did_you_mean, is_int
 from .checks import check_detectron2
@@ -117,7 +117,7 @@ class AGVMHook(HookBase):
         self._heard_by: object = None  # the inner trainer
         self._schedule: GainSchedule | None = None
         self._loaded = False
-        self._noise: list[tuple[int, float]] = []  # iteration, the model's, monitored in this run
+        self._noise: list[tuple[int, float]] = []  # iteration, the smallest module's
 
     @classmethod
     def from_config(cls, cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
@@ -139,6 +139,9 @@ class AGVMHook(HookBase):
     def before_train(self) -> None:
         agvm, settings = self.agvm, self.agvm.settings
         self._schedule = None
+        for other in getattr(getattr(self, "trainer", None), "_hooks", ()):  # a plain loop has none
+            if isinstance(other, hooks.LRScheduler) and self.trainer.start_iter:
+                fit_scheduler(other.scheduler, self.trainer.start_iter)
         table = indent(module_table(agvm.model, agvm.modules), "  ")
         logger.info(f"AGVM ({settings.mode}, rule {settings.rule}): modules\n{table}")
         if not agvm.attach():

@@ -99,7 +99,7 @@ def _now() -> str:
     return datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
 
 
-def is_free(folder: str) -> None:
+def check_free(folder: str) -> None:
     """FileExistsError as `FolderLock.take`; nothing is written where there is no lock file."""
     if os.path.exists(os.path.join(folder, LOCK)):
         FolderLock.take(folder)

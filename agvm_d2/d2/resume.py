@@ -1,6 +1,7 @@
 """Resuming with another config than the saved run's: what holds, and a line for each key."""
 
 from __future__ import annotations
+import itertools
 import logging
 import os
 import re
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..modules import named_parameters
+from ..param_groups import regroup
 from .output_dir import FolderLock
 
 logger = logging.getLogger("detectron2.agvm_d2")
@@ -81,7 +83,8 @@ HOLDS: tuple[tuple[str, str, str], ...] = (
 
 class ConfigRecord(HookBase):
     """Keeps the run's config in each checkpoint; at a resume says which keys differ, and lets the
-    new values hold where they can. Register it first.
+    new values hold where they can. Register it before `hooks.LRScheduler`; its state is to be
+    loaded before the optimizer's.
 
     Args:
         cfg: the run's, of yacs or a LazyConfig.
@@ -114,7 +117,6 @@ class ConfigRecord(HookBase):
         return [[self._names.get(p, "") for p in group["params"]] for group in groups]
 
     def load_state_dict(self, state: dict) -> None:
-        """Comes before the optimizer's."""
         self._saved = yaml.safe_load(state["config"])
         keys = [key for key, *_ in differences(self._saved, self._values)]
         if not {"AGVM.ENABLED", "agvm.enabled"} & {*keys}:
@@ -211,23 +213,9 @@ def regrouped(state: dict, saved: list[list[str]], now: list[list[str]]) -> dict
     Args:
         saved, now: the names of each group's parameters.
     """
-    owner = {name: i for i, names in enumerate(saved) for name in names}
-    fits = sorted(owner) == sorted(name for names in now for name in names)
+    fits = sorted(itertools.chain(*saved)) == sorted(itertools.chain(*now))
     known = len(saved) == len(state["param_groups"]) and fits and all(now)
-    if saved == now or not known:
-        return state
-    groups = state["param_groups"]
-    index = {
-        name: i
-        for names, group in zip(saved, groups, strict=True)
-        for name, i in zip(names, group["params"], strict=True)
-    }
-    return {
-        **state,
-        "param_groups": [
-            {**groups[owner[names[0]]], "params": [index[name] for name in names]} for names in now
-        ],
-    }
+    return state if saved == now or not known else regroup(state, saved, now)
 
 
 def keep_built_options(optimizer: torch.optim.Optimizer, built: list[dict[str, Any]]) -> None:

@@ -25,7 +25,7 @@ from .config import read_config
 from .imports import add_flag, add_unsafe_flag, import_project
 from .launch import launch, worker_from_environment
 from .needs import check_data, of_yacs
-from .output_dir import FolderLock, config_kept, is_free, set_aside
+from .output_dir import FolderLock, check_free, config_kept, set_aside
 from .rendezvous import restarts
 from .resume import check_not_done
 from .sources import check_weights
@@ -181,7 +181,7 @@ def invoke_main(argv: list[str] | None = None, name: str = "agvm_d2.train") -> N
         cfg = setup(args)
         first = args.machine_rank == 0 if worker is None else worker.rank == 0
         if first and not args.eval_only:
-            is_free(cfg.train.output_dir if isinstance(cfg, DictConfig) else cfg.OUTPUT_DIR)
+            check_free(cfg.train.output_dir if isinstance(cfg, DictConfig) else cfg.OUTPUT_DIR)
     except (ValueError, KeyError, OSError, ImportError) as error:
         sys.exit(f"{name}: error: {message(error)}")
     print("Command Line Args:", args)

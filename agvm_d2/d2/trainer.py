@@ -22,6 +22,7 @@ from detectron2.evaluation import (
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 
+from ..progress import fit_scheduler
 from ..shards import is_sharded
 from ..solver import build_lr_scheduler, prepare_optimizer, unsplit_optimizer
 from .agreement import AgreementHook, check_agreement, code, flat
@@ -244,7 +245,8 @@ class AGVMTrainerMixin(_Trainer):
             if not any(isinstance(part, TrainerBase) for part in saved.values()):
                 self.checkpointer.add_checkpointable("agvm", hook)
                 self.checkpointer.add_checkpointable("iteration_seeder", seeder)
-                self.checkpointer.add_checkpointable("config_record", record)
+                # Loaded in this order, and the record comes before the optimizer.
+                self.checkpointer.checkpointables = {"config_record": record, **saved}
         preemption = PreemptionHook(self.checkpointer)
         for built_hook in built:
             if isinstance(built_hook, hooks.EvalHook) and hasattr(built_hook, "_func"):
@@ -262,14 +264,8 @@ class AGVMTrainerMixin(_Trainer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
-        if isinstance(getattr(self.scheduler, "last_epoch", None), float):
-            # Saved by AGVM.SCHEDULE gain, which sets it to its progress if it goes on.
-            self.scheduler.last_epoch = self.iter + 1
-        # A checkpoint saved without AGVM has fewer learning rates: one for each group unsplit.
-        groups = self._trainer.optimizer.param_groups
-        if hasattr(self.scheduler, "base_lrs") and len(self.scheduler.base_lrs) != len(groups):
-            self.scheduler.base_lrs = [group["initial_lr"] for group in groups]
-            self.scheduler._last_lr = [group["lr"] for group in groups]
+        if hasattr(self.scheduler, "last_epoch"):
+            fit_scheduler(self.scheduler, self.iter + 1)
 
 
 class AGVMTrainer(AGVMTrainerMixin, DefaultTrainer):

@@ -1,6 +1,7 @@
 """Optimizers, clipping and learning-rate schedules by this package's config keys."""
 
 from ..param_groups import fit_loaded_state, split_param_groups
+from ..progress import fit_scheduler
 from .build import build_optimizer, prepare_optimizer, unsplit_optimizer
 from .clip import clip_gradients, skip_nonfinite_steps
 from .muon import build_muon, muon_params
@@ -14,6 +15,7 @@ __all__ = [
     "clip_gradients",
     "exp_warmup",
     "fit_loaded_state",
+    "fit_scheduler",
     "muon_params",
     "prepare_optimizer",
     "scaled_lr",

@@ -246,9 +246,19 @@ def skip_nonfinite_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
     DDP's workers hold the same averaged gradient, so all of them decide alike; those of a sharded
     model tell each other, by one number per step. The buffers of
     `model`, such as BatchNorm's statistics, go back to what they were after the last step taken.
+
+    Raises:
+        ValueError: an optimizer that Detectron2 clips.
     """
     if optimizer in _SKIPPING:
         return
+    if type(optimizer).__name__.endswith("WithGradientClip"):
+        raise ValueError(
+            "SOLVER.ON_NONFINITE skip (train.on_nonfinite): the optimizer is clipped by "
+            "Detectron2's maybe_add_gradient_clipping, which makes an inf finite before the check "
+            "can see it. Clip by agvm_d2.solver.clip_gradients(optimizer, clip_type, clip_value) "
+            "instead."
+        )
     limit = SkipLimit()
     good = [buffer.clone() for buffer in model.buffers()]
     # Weights are often loaded after the optimizer is built.
@@ -275,7 +285,9 @@ def skip_nonfinite_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> 
         unscale(optimizer)
         params = [p for group in optimizer.param_groups for p in group["params"]]
         grads = [p.grad for p in params if p.grad is not None]
-        if not grads or _finite(grads):
+        if not grads:  # none of this step, or a base class's `step` inside a step left out
+            return
+        if _finite(grads):
             _copy(good, [*model.buffers()])
             limit.step(skipped=False)
             return

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from toy import ToyDetector
 
 from agvm_d2.d2.checkpoint import AtomicCheckpointer
-from agvm_d2.d2.fsdp import EvenLoader, alike, check_fsdp, shard, units
+from agvm_d2.d2.fsdp import EvenLoader, alike, check_fsdp, parts_to_shard, shard
 from agvm_d2.shards import whole_state
 
 if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
@@ -65,10 +65,10 @@ def test_blocks_of_lists_and_sequences_are_units_the_innermost_first():
     )
     model.head = block(50)  # no list holds it
     model.shared = nn.ModuleList([model.stages[1][0]])
-    found = units(model, 30)
+    found = parts_to_shard(model, 30)
     first, second = model.stages
     assert found == [first, second[0], second[1][0]]
-    assert units(model, 10_000) == []
+    assert parts_to_shard(model, 10_000) == []
 
 
 def test_shared_draws_are_the_main_worker_s(workers):

@@ -1,5 +1,7 @@
 """AGVM.SCHEDULE gain: learning rates, end, checkpoints and resume of Detectron2's trainers."""
 
+import copy
+import inspect
 import json
 import math
 import os
@@ -7,10 +9,12 @@ import re
 import shutil
 import signal
 import textwrap
+from types import SimpleNamespace
 import pytest
 import reference
 import torch
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, hooks
+from detectron2.solver import LRMultiplier
 from detectron2.solver import build_lr_scheduler as d2_build_lr_scheduler
 from detectron2.utils.events import EventStorage
 from fvcore.common.param_scheduler import LinearParamScheduler
@@ -372,13 +376,28 @@ def test_a_signal_in_the_last_iteration_saves_nothing_twice(tmp_path):
 # Trainers without the mixin
 
 
-def simple(tmp_path, order=("lr", "agvm", "save"), scheduler=None, max_iter=40):
+BY_GAIN = {"rule": "gain", "schedule": "gain", "base_batch_size": 2, "momentum": 0.5}
+
+
+def simple(
+    tmp_path,
+    order=("lr", "agvm", "save"),
+    scheduler=None,
+    max_iter=40,
+    gain=BY_GAIN,
+    split=True,
+):
     model = ToyDetector()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    split_param_groups(optimizer, model)
-    settings = {"rule": "gain", "schedule": "gain", "base_batch_size": 2, "momentum": 0.5}
+    if split:
+        split_param_groups(optimizer, model)
+    if inspect.isfunction(scheduler):
+        scheduler = scheduler(optimizer)
     trainer = MicroBatchTrainer(model, ToyLoader(8), optimizer, 2)
-    hook = AGVMHook(model, optimizer, micro_batches=4, batch_size=8, interval=2, **settings)
+    if not split:
+        hook = SimpleNamespace(agvm=None)
+    else:
+        hook = AGVMHook(model, optimizer, micro_batches=4, batch_size=8, interval=2, **gain)
     made = {
         "lr": hooks.LRScheduler(scheduler=scheduler or LinearParamScheduler(1, 0.1)),
         "agvm": hook,
@@ -406,13 +425,68 @@ def test_a_simple_trainer(tmp_path):
     assert SimpleTrainer.train is DefaultTrainer.__mro__[1].train  # as it was
 
 
+def test_a_second_training_is_as_long_as_it_is_told_where_the_gain_is_one(tmp_path):
+    trainer, agvm, _ = simple(tmp_path, ("lr", "agvm"))
+    agvm.modulator.start_iter = 1000  # every step counts 1
+    for _ in range(2):
+        with ends_when_done():
+            trainer.train(0, 5)
+        assert trainer.iter == 5 and agvm.progress == 5
+
+
+def multiplier(optimizer):
+    """A scheduler that is there before the training, and so is loaded."""
+    return LRMultiplier(optimizer, LinearParamScheduler(1, 0.1), 40)
+
+
+def saved_at(trainer, iteration):
+    """A hook that keeps the trainer's state after this iteration."""
+    kept = {}
+
+    def keep(trainer):
+        if trainer.iter == iteration:
+            kept.update(copy.deepcopy(trainer.state_dict()))
+
+    trainer.register_hooks([hooks.CallbackHook(after_step=keep)])
+    return kept
+
+
+def test_a_resume_through_the_hook_counts_iterations_again(tmp_path):
+    trainer, _, max_iter = simple(tmp_path, ("lr", "agvm"), multiplier)
+    state = saved_at(trainer, 9)
+    with ends_when_done():
+        trainer.train(0, max_iter)
+    again, _, max_iter = simple(tmp_path, ("lr", "agvm"), multiplier, gain={})
+    again.load_state_dict(state)
+    watch = Watch()
+    watch.after_step = lambda: None
+    again.register_hooks([watch])
+    again.train(10, max_iter)
+    assert watch.lrs == pytest.approx([0.05 * (1 - 0.9 * i / 40) for i in range(10, 40)])
+
+
+def test_the_hook_takes_a_checkpoint_without_agvm(tmp_path):
+    stock, _, max_iter = simple(tmp_path, ("lr",), multiplier, split=False)
+    state = saved_at(stock, 9)
+    stock.train(0, max_iter)
+    again, _, _ = simple(tmp_path, ("lr", "agvm"), multiplier, gain={})
+    again.load_state_dict(state)
+    watch = Watch()
+    watch.after_step = lambda: None
+    again.register_hooks([watch])
+    again.train(10, max_iter)
+    assert watch.lrs == pytest.approx([0.05 * (1 - 0.9 * i / 40) for i in range(10, 40)])
+    rates = {group["lr"] for group in again.optimizer.param_groups}
+    assert len(again.optimizer.param_groups) == 4 and len(rates) == 1
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
 def test_the_hook_of_the_pages(page, tmp_path):
     with open(os.path.join(ROOT, page)) as f:
         blocks = re.findall(r"^( *)```python\n(.*?)^ *```", f.read(), flags=re.M | re.S)
     (code,) = [textwrap.dedent(code) for _, code in blocks if "AGVMHook(" in code]
     sizes = "base_batch_size=2, batch_size=8, micro_batches=4"  # of one worker
-    assert "base_batch_size=16, batch_size=256)" in code
+    assert "base_batch_size=16, batch_size=128)" in code
     trainer, _, max_iter = simple(tmp_path, ())
     optimizer = trainer.optimizer
 
@@ -421,7 +495,7 @@ def test_the_hook_of_the_pages(page, tmp_path):
 
     space = {"model": trainer.model, "optimizer": optimizer, "your_lr_scheduler": linear}
     space |= {"trainer": trainer, "max_iter": max_iter}
-    exec(code.replace("base_batch_size=16, batch_size=256", sizes), space)
+    exec(code.replace("base_batch_size=16, batch_size=128", sizes), space)
     assert space["agvm"].agvm.progress >= 40 and trainer.iter < 40
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.005, rel=1e-3)
 

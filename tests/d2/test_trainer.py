@@ -449,6 +449,16 @@ def test_a_checkpointer_without_the_trainer_gets_agvms_state(tmp_path):
     assert seeder.state_dict()["seed"] == 7
 
 
+def test_such_a_checkpointer_goes_on_with_other_groups(tmp_path):
+    options = {**MICRO, "SOLVER__MAX_ITER": 6}
+    train(toy_config(tmp_path, **options), OwnCheckpoints)
+    more = {**options, "SOLVER__MAX_ITER": 9, "SOLVER__BIAS_LR_FACTOR": 2.0}
+    again = OwnCheckpoints(toy_config(tmp_path, **more))
+    again.resume_or_load(resume=True)
+    again.train()
+    assert again.iter == 9 and len({g["lr"] for g in again.optimizer.param_groups}) == 2
+
+
 def test_bad_values_are_named_before_anything_is_built(tmp_path):
     class Never(ToyTrainer):
         @classmethod

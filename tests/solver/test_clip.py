@@ -1,7 +1,9 @@
 import math
 import pytest
 import torch
+from detectron2.config import get_cfg
 from detectron2.solver import build_optimizer as d2_build_optimizer
+from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils.events import EventStorage
 from torch import nn
 from toy import ToyDetector, batch, loss
@@ -294,6 +296,35 @@ def test_a_first_step_goes_back_to_statistics_that_were_loaded_after_the_build()
         model(torch.full((4, 3), math.nan)).sum().backward()
         optimizer.step()
     assert model[1].running_mean.tolist() == [5, 6] and model[1].num_batches_tracked == 0
+
+
+def test_an_optimizer_that_detectron2_clips_is_refused():
+    cfg = get_cfg()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    model = nn.Linear(2, 1)
+    optimizer = maybe_add_gradient_clipping(cfg, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="ON_NONFINITE skip .*maybe_add.*clip_gradients"):
+        skip_nonfinite_steps(optimizer, model)
+
+
+class StepInStep(torch.optim.SGD):
+    """torch patches both classes' `step`, whose hooks then run twice."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def test_a_step_inside_a_step_is_skipped_once_and_counted_once(d2_log):
+    model = nn.Linear(2, 1)
+    torch.optim.SGD(model.parameters(), lr=0.1)  # its class is patched, too
+    optimizer = StepInStep(model.parameters(), lr=0.1)
+    skip_nonfinite_steps(optimizer, model)
+    with pytest.raises(FloatingPointError, match="20 of the last 20"):
+        for i in range(30):
+            model.weight.grad = torch.full_like(model.weight, math.inf)
+            with EventStorage(i):
+                optimizer.step()
+    assert i == 19 and "(20 so far)" in d2_log.records[-1].getMessage()
 
 
 def test_a_model_without_buffers_skips_too():
