@@ -103,11 +103,12 @@ def children_patterns(names: Sequence[str], prefix: str = "") -> ModulePatterns:
     """One module per child of what is at `prefix`; names are parameters'.
 
     For `backbone.0.weight`, `head.weight`: backbone and head. A parameter of the model itself is in
-    "rest".
+    "rest", and a child "model" is "model_", since that is what the log calls the whole.
     """
     inner = [n[len(prefix) :] for n in names]
     children = dict.fromkeys(n.split(".")[0] for n in inner if "." in n)
-    return [(child, re.escape(f"{prefix}{child}.")) for child in children] + [("rest", "")]
+    named = {child: "model_" if child == "model" else child for child in children}
+    return [(named[c], re.escape(f"{prefix}{c}.")) for c in children] + [("rest", "")]
 
 
 def patterns_for(model: nn.Module) -> ModulePatterns:
@@ -148,6 +149,10 @@ def assign_modules(
         ValueError: a parameter that no pattern matches, or a given pattern that matches none.
     """
     given = bool(patterns)
+    if any(name == "model" for name, _ in patterns):
+        raise ValueError(
+            'AGVM.MODULES: a module cannot be named "model", as the whole model is in the log.'
+        )
     patterns = patterns or patterns_for(model)
     trainable = [(n, p) for n, p in named_parameters(model) if p.requires_grad]
     found: list[list[nn.Parameter]] = [[] for _ in patterns]

@@ -111,7 +111,10 @@ def read_run(output_dir: str, base: int | None = None) -> Measured:
     if value("AGVM.RULE", "agvm.rule") == "gain":
         interval = value("AGVM.INTERVAL", "agvm.interval", -1)
         own_averaging = averaging("gain", interval, value("AGVM.MOMENTUM", "agvm.momentum", -1))
-    return Measured(base, round(max_iter * own / base), noise, own_averaging)
+    iterations = round(max_iter * own / base)
+    if not iterations:
+        raise ValueError(f"--base-batch {base}: is too large for a run of {max_iter * own} images.")
+    return Measured(base, iterations, noise, own_averaging)
 
 
 def coverage(measured: Measured) -> str:

@@ -45,7 +45,6 @@ def read_metrics(path: str) -> Series:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is not JSON, named by its number.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"'{path}' is not there: train first, or give the run's OUTPUT_DIR")
@@ -55,10 +54,10 @@ def read_metrics(path: str) -> Series:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):  # a run that was killed while writing
-                break
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+        except json.JSONDecodeError as error:  # a run was killed while writing it
+            if number < len(lines):
+                print(f"{path}, line {number}: left out, not JSON ({error})", file=sys.stderr)
+            continue
         iteration = row.pop("iteration", None)
         for name, value in row.items():
             if isinstance(value, (int, float)) and iteration is not None:
@@ -68,11 +67,11 @@ def read_metrics(path: str) -> Series:
 
 def read_config(output_dir: str) -> Callable[..., Any]:
     """A function (yacs key, LazyConfig's key, default) -> value in a run's config.yaml; the
-    default where the key, the file or Detectron2 is missing."""
+    default where the key, the file or PyYAML is missing."""
     path, config = os.path.join(output_dir, "config.yaml"), {}
     if os.path.isfile(path):
         with contextlib.suppress(ModuleNotFoundError), open(path) as f:
-            from .d2.resume import plain_config
+            from .plain_yaml import plain_config
 
             config = plain_config(f.read())
 
@@ -255,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         print(plot(args.output_dir, args.out))
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"agvm_d2.plot: error: {error}")
 
 

@@ -15,8 +15,9 @@ Precondition = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (paramete
 
 # By name: Lamb is pytorch-optimizer's, and it keeps Adam's second moment too.
 ADAM_LIKE = {"Adam", "AdamW", "NAdam", "RAdam", "Lamb"}
-# Others that scale each element by what they have seen; how, is not known here.
-ADAPTIVE = {"Adadelta", "Adafactor", "Adagrad", "Adamax", "Lion", "RMSprop"}
+# Others that scale each element by what they have seen; how, is not known here. In small letters:
+# Adagrad, Adafactor, and FusedAdam or AdamW8bit of other packages.
+ADAPTIVE = ("ada", "lion", "rmsprop")
 
 
 class AdamPrecondition:
@@ -69,7 +70,7 @@ def preconditioner(optimizer: torch.optim.Optimizer) -> AdamPrecondition | None:
     inner = optimizer.optim if is_zero(optimizer) else optimizer  # type: ignore[attr-defined]
     names = {c.__name__ for c in type(inner).__mro__}
     if not ADAM_LIKE & names:
-        if ADAPTIVE & names:
+        if any(word in name.lower() for word in ADAPTIVE for name in names):
             logger.warning(
                 f"AGVM measures gradients as {type(inner).__name__} gets them, not as it scales "
                 "them: variance, noise scale and gain are those of SGD."

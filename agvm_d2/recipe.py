@@ -13,6 +13,7 @@ from detectron2.config import CfgNode, get_cfg
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from . import model_zoo
+from .d2.checks import SCHEDULERS
 from .d2.config import add_agvm_config, naming_the_key
 from .d2.imports import add_unsafe_flag
 from .d2.yaml_files import check_yaml
@@ -147,6 +148,7 @@ def recipe(
         betas, eps = adam_scaled(batch / base.batch, base.betas, base.eps)
         adam = {"BETAS": tuple(float(f"{b:.6g}") for b in betas), "EPS": float(f"{eps:.3g}")}
     period = max(1, round(base.eval_period * shrink))
+    exp = _old(base.config, "SOLVER.LR_SCHEDULER_NAME") in (None, *SCHEDULERS)  # those that take it
     return {
         "SOLVER": {
             "IMS_PER_BATCH": batch,
@@ -155,8 +157,7 @@ def recipe(
             "MAX_ITER": iterations,
             "STEPS": tuple(sorted({round(step * shrink) for step in base.steps} - {0})),
             "CHECKPOINT_PERIOD": max(1, round(base.checkpoint_period * shrink)),
-            "WARMUP_METHOD": "exp",
-            "WARMUP_FACTOR": 0.001,
+            **({"WARMUP_METHOD": "exp", "WARMUP_FACTOR": 0.001} if exp else {}),
             "WARMUP_ITERS": warmup,
             **({"CLIP_GRADIENTS": clip} if clip else {}),
         },
@@ -228,9 +229,12 @@ def as_python(keys: dict, agvm: dict, config: DictConfig | None = None) -> str:
             **{f"optimizer.{k.lower()}": solver[k] for k in ("BETAS", "EPS") if k in solver},
             "train.max_iter": solver["MAX_ITER"],
             "train.checkpointer.period": solver["CHECKPOINT_PERIOD"],
-            "lr_multiplier.warmup_factor": solver["WARMUP_FACTOR"],
-            "lr_multiplier.warmup_length": solver["WARMUP_ITERS"] / solver["MAX_ITER"],
         }
+        if _old(config, "lr_multiplier.warmup_length") is not None:
+            lines |= {
+                "lr_multiplier.warmup_factor": solver["WARMUP_FACTOR"],
+                "lr_multiplier.warmup_length": solver["WARMUP_ITERS"] / solver["MAX_ITER"],
+            }
     clip = {k.lower(): v for k, v in solver.get("CLIP_GRADIENTS", {}).items()}
     if clip.pop("enabled", False):
         lines["train.clip_gradients"] = clip
@@ -417,6 +421,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"# Warm-up is {warm_up(base, args.batch_size)[1]}.")
         if base.muon:
             print("# AGVM only measures: its factors have not been tried on Muon.")
+        if base.lazy and _old(base.config, "lr_multiplier.warmup_length") is None:
+            print("# The config's lr_multiplier has no warm-up: give it one of that length.")
         if base.clip:
             print(clipped(base.clip))
         if keys["SOLVER"]["MAX_ITER"] < FEW_ITERATIONS:

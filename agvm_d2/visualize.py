@@ -84,7 +84,7 @@ def load(
         raise ValueError(f"{keys[2]}: found none, but one is needed to draw from.")
     check_datasets(names[:1], keys[2])
     check_device(keys[1], device)
-    if not os.path.isfile(weights):
+    if not os.path.isfile(weights.partition("?")[0]):
         raise FileNotFoundError(f"{keys[0]}: '{weights}' is no file: give a run's model_final.pth")
     if isinstance(cfg, CfgNode):
         model, mapper = build_model(cfg), DatasetMapper(cfg, is_train=False)

@@ -329,6 +329,13 @@ def test_a_pattern_that_matches_nothing_is_named(regex):
         assign_modules(ToyDetector(), patterns)
 
 
+def test_no_module_is_named_as_the_whole_model():
+    with pytest.raises(ValueError, match='a module cannot be named "model"'):
+        assign_modules(ToyDetector(), (("model", ""),))
+    model = nn.ModuleDict({"model": nn.Linear(1, 1), "decoder": nn.Linear(1, 1)})
+    assert list(assign_modules(model)) == ["model_", "decoder"]
+
+
 def test_a_frozen_model_is_an_error():
     model = ToyDetector()
     model.requires_grad_(False)

@@ -197,6 +197,7 @@ def test_the_command(capsys, tmp_path):
         (["run", "--batches", "8"], "--batches: 8 is below the base batch, 16"),
         (["run", "--batches", "0"], "--batches: found"),
         (["run", "--batches", "64", "--base-batch", "0"], "--base-batch: found [0]"),
+        (["run", "--batches", "99999999", "--base-batch", "99999999"], "is too large for a run"),
         (["run", "--batches", "64", "--images-per-second", "0"], "--images-per-second: found"),
         (["run", "--batches", "64", "--gpus", "8"], "--gpus: hours on so many need --images-per"),
         (

@@ -54,15 +54,25 @@ def test_a_run_killed_while_writing_still_draws(tmp_path):
     plot(str(tmp_path))
 
 
+def test_a_run_resumed_after_a_torn_line_draws_the_rest(tmp_path, capsys):
+    write(tmp_path, rows())
+    with open(tmp_path / "metrics.json", "a") as f:
+        f.write(
+            '{"iteration": 100, "lr":{"iteration": 101, "lr": 3}\n{"iteration": 102, "lr": 7}\n'
+        )
+    plot(str(tmp_path))
+    assert "left out, not JSON" in capsys.readouterr().err
+    assert read_metrics(str(tmp_path / "metrics.json"))["lr"][1][-1] == 7
+
+
 def test_bad_input(tmp_path):
     with pytest.raises(FileNotFoundError, match="train first"):
         plot(str(tmp_path))
     write(tmp_path, rows(modules=()))
     with pytest.raises(ValueError, match="no agvm/variance.*AGVM.START_ITER"):
         plot(str(tmp_path))
-    (tmp_path / "metrics.json").write_text("{\n{}\n")
-    with pytest.raises(ValueError, match="line 1: not JSON"):
-        plot(str(tmp_path))
+    with pytest.raises(SystemExit, match="agvm_d2.plot: error"):
+        main([str(tmp_path), "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="agvm_d2.plot: error"):
         main([str(tmp_path)])
 

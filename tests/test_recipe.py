@@ -5,6 +5,7 @@ import yaml
 from detectron2.config import LazyCall as L
 from detectron2.config import get_cfg
 from detectron2.model_zoo import get_config_file
+from fvcore.common.param_scheduler import CosineParamScheduler
 from helpers import DIGITS, VITDET
 
 from agvm_d2 import add_agvm_config, recipe
@@ -216,6 +217,17 @@ def test_of_a_config_with_muon_agvm_only_measures(capsys, tmp_path):
     by_gain = run(capsys, "--config-file", path, "--batch-size", 64, "--rule", "gain")
     cfg = printed(by_gain, tmp_path)
     assert cfg.AGVM.MODE == "modulate" and cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE == "relative"
+
+
+def test_no_warm_up_for_a_schedule_without_one(capsys, tmp_path):
+    path = tmp_path / "poly.yaml"
+    path.write_text(f"_BASE_: {FASTER}\nSOLVER: {{LR_SCHEDULER_NAME: WarmupPolyLR}}\n")
+    out = run(capsys, "--config-file", path, "--batch-size", 64)
+    assert "WARMUP_ITERS" in out and "exp" not in out and "WARMUP_FACTOR" not in out
+    cfg = lazy.load(VITDET, [])
+    cfg.lr_multiplier = L(CosineParamScheduler)(start_value=1.0, end_value=0.1)
+    base = recipe.of_lazyconfig(cfg, VITDET)
+    assert "warmup" not in recipe.as_python(recipe.recipe(base, 64), base.agvm, base.config)
 
 
 def test_an_optimizer_that_is_a_function_is_no_lamb():

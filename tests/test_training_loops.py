@@ -443,6 +443,13 @@ def test_an_optimizer_that_scales_otherwise_is_named(name, said, d2_log):
     assert (f"as {name} gets them, not as it scales them" in d2_log.text) == said
 
 
+@pytest.mark.parametrize("name", ["FusedAdam", "AdamW8bit", "Lion"])
+def test_so_is_one_of_another_package(name, d2_log):
+    kind = type(name, (torch.optim.SGD,), {})
+    assert preconditioner(kind([torch.nn.Parameter(torch.zeros(2))], lr=0.1)) is None
+    assert f"as {name} gets them" in d2_log.text
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_one_huge_gradient_or_a_change_of_scale_does_not_rule_the_noise_scale(scale):
     """S1 = 2, S2 = 1 of K = 4: tr Sigma = 4/3, |G|^2 = 2/3 and B = 2 units, whatever the scale."""

@@ -185,8 +185,11 @@ def check_device(key: str, device: str) -> None:
     """
     try:
         torch.device(device)
+        known = isinstance(device, str)
     except (RuntimeError, TypeError):
-        raise ValueError(f"{key}: found {device!r}, but it must be cpu, cuda or cuda:N.") from None
+        known = False
+    if not known:
+        raise ValueError(f"{key}: found {device!r}, but it must be cpu, cuda or cuda:N.")
     assign = "=" if key.islower() else " "  # LazyConfig's overrides, or yacs'
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(

@@ -14,7 +14,9 @@ from .yaml_files import check_yaml
 
 
 def add_agvm_config(cfg: CN) -> None:
-    """Add this package's keys to a Detectron2 config."""
+    """Add this package's keys to a Detectron2 config; once, since a project may have set them."""
+    if "AGVM" in cfg:
+        return
     cfg.AGVM = CN({"ENABLED": True})
     for field in dataclasses.fields(Settings):
         cfg.AGVM[field.name.upper()] = field.default

@@ -51,6 +51,8 @@ def import_project(names: Sequence[str], cfg: CfgNode) -> CfgNode:
             if function:
                 call = getattr(found, function)
                 cfg = (call(cfg) or cfg) if inspect.signature(call).parameters else call()
+                if not isinstance(cfg, CfgNode):
+                    raise TypeError(f"{function} returns {cfg!r}, but it must be a config")
         except Exception as error:  # the module is code: anything
             hint = "; import its package by name, without .py" if "relative" in str(error) else ""
             raise ValueError(f"--import {name}: {type(error).__name__}: {error}{hint}") from error

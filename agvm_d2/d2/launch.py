@@ -17,6 +17,7 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch import multiprocessing as mp
 
+from ..validate import require
 from .preemption import EXIT_CODE, Preempted, SignalCatcher, end_by, leave_with_the_launcher
 from .rendezvous import Pulse, Worker, meet, restarts, training_timeout
 
@@ -36,6 +37,7 @@ def worker_from_environment(args: Namespace, env: Mapping[str, str] = os.environ
         ValueError: machines with different numbers of workers; --num-gpus against the environment;
             a rank out of range; half of torchrun's variables.
     """
+    require(args.num_gpus >= 1, "--num-gpus", args.num_gpus, "be 1 or more, also on a CPU")
     if not 0 <= args.machine_rank < args.num_machines:
         raise ValueError(
             f"--machine-rank: found {args.machine_rank}, but with --num-machines "

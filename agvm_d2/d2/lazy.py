@@ -30,7 +30,7 @@ from detectron2.engine import AMPTrainer, SimpleTrainer, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format, verify_results
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from .. import model_zoo
@@ -38,7 +38,7 @@ from ..settings import Settings
 from ..shards import is_sharded
 from ..solver.build import prepare
 from ..solver.clip import CLIP, check_clip, clip_gradients, skip_nonfinite_steps
-from ..validate import did_you_mean, is_number, nested_keys, one_of
+from ..validate import did_you_mean, is_int, is_number, nested_keys, one_of, require
 from .agreement import AgreementHook, check_agreement, code, flat
 from .checkpoint import AtomicCheckpointer
 from .checks import STOP_OR_SKIP, check_agvm, check_amp, check_device, check_whole
@@ -57,6 +57,12 @@ AGVM_KEYS = {"enabled", "log_period"} | {field.name for field in dataclasses.fie
 TRAIN_KEYS = {"micro_batch_size", "clip_gradients", "expected_results", "on_nonfinite"}
 TRAIN_KEYS |= {"on_bad_image", "check_datasets", "fsdp", "seed"}
 DATASETS = "dataloader.*.dataset.names"  # where they are named
+# What Detectron2's own train_net reads, too.
+THERE = [
+    "train.amp.enabled",
+    "train.checkpointer.period", "train.ddp", "train.device", "train.eval_period",
+    "train.init_checkpoint", "train.log_period", "train.max_iter", "train.output_dir",
+]  # fmt: skip
 KEYS = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "agvm")
 
 
@@ -169,6 +175,20 @@ def check_keys(cfg: DictConfig) -> Settings:
     return check_agvm(_as_dict(cfg.agvm), _key)
 
 
+def _check_there(cfg: DictConfig) -> None:
+    if OmegaConf.select(cfg, "train.init_checkpoint", default="") is None:  # as Detectron2 takes it
+        cfg.train.init_checkpoint = ""
+    for key in KEYS:
+        if key != "agvm" and not OmegaConf.is_dict(cfg[key]):
+            raise ValueError(f"{key}: found {cfg[key]!r}, but it must be a dict.")
+    for key in THERE:
+        if OmegaConf.select(cfg, key) is None:
+            raise ValueError(
+                f"{key}: it is missing, or None. Detectron2's model_zoo has it in "
+                "configs/common/train.py, or in a config's dataloader and optimizer."
+            )
+
+
 def check(cfg: DictConfig, num_workers: int, eval_only: bool = False) -> None:
     """See that the values of a LazyConfig can be used with `num_workers` workers.
 
@@ -181,6 +201,11 @@ def check(cfg: DictConfig, num_workers: int, eval_only: bool = False) -> None:
             raise ValueError(
                 f"The config has no '{key}': see the .py ones of agvm_d2.model_zoo{hint}."
             )
+    _check_there(cfg)
+    for name in map(str, cfg.train):
+        hint = did_you_mean(name, TRAIN_KEYS)
+        if name not in TRAIN_KEYS and hint != ".":
+            raise ValueError(f"train.{name}: there is no such key{hint}")
     settings = check_keys(cfg)
     enabled = cfg.agvm.get("enabled", True)
     if enabled and settings.start_iter < 0 and settings.schedule != "gain":
@@ -208,6 +233,8 @@ def check(cfg: DictConfig, num_workers: int, eval_only: bool = False) -> None:
         settings.check_gain(cfg.dataloader.train.total_batch_size, train.max_iter, _key)
     if micro_batches(cfg, num_workers) > 1 and OmegaConf.select(cfg, "train.ddp.static_graph"):
         raise ValueError(STATIC_GRAPH)
+    seed = train.get("seed", 0)
+    require(is_int(seed), "train.seed", seed, "be a whole number")
     for key in ("on_nonfinite", "on_bad_image"):
         one_of(f"train.{key}", train.get(key, "stop"), STOP_OR_SKIP)
     check_device("train.device", train.device)
@@ -218,6 +245,11 @@ def check(cfg: DictConfig, num_workers: int, eval_only: bool = False) -> None:
 
 def _names(cfg: DictConfig, split: str) -> list[str]:
     names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names", default=())
+    if not isinstance(names, (str, ListConfig, tuple)):
+        raise ValueError(
+            f"dataloader.{split}.dataset.names: found {names!r}, but it must be a name or a list "
+            "of names."
+        )
     return [names] if isinstance(names, str) else list(names)
 
 

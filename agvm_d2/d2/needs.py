@@ -47,6 +47,7 @@ class Needs:
     sigmas: tuple[str, Sequence[float]] | None = None
     skip_images: bool = False
     evaluators: bool = False  # those of AGVMTrainer
+    completed: bool = True  # the evaluator goes through `complete`
 
 
 def of_yacs(cfg: CfgNode, eval_only: bool = False, evaluators: bool = True) -> Needs | None:
@@ -103,7 +104,8 @@ def of_lazy(cfg: DictConfig, train: Sequence[str], test: Sequence[str]) -> Needs
     mapper = OmegaConf.select(cfg, "dataloader.train.mapper", default={})
     if OmegaConf.select(cfg, "model.roi_heads.mask_head") is not None:
         needs.masks = "model.roi_heads.mask_head"
-        if mapper.get("instance_mask_format", "polygon") == "polygon":
+        stock = OmegaConf.is_dict(mapper)  # else a function, whose masks are not known
+        if stock and mapper.get("instance_mask_format", "polygon") == "polygon":
             needs.polygons = "dataloader.train.mapper.instance_mask_format=bitmask"
     evaluator = OmegaConf.select(cfg, "dataloader.evaluator", default=None)
     if OmegaConf.is_dict(evaluator):
@@ -192,8 +194,8 @@ def _mismatches(needs: Needs, name: str, report: Report, test: bool) -> list[str
 
 
 def _unseen(needs: Needs, name: str, report: Report, test: bool) -> list[str]:
-    """What a project's own evaluator, if it is a COCOEvaluator, will fail at."""
-    if needs.evaluators or not test or evaluator_type(name) != "coco":
+    """What an evaluator that nobody completes, if it is a COCOEvaluator, will fail at."""
+    if needs.completed or not test or evaluator_type(name) != "coco":
         return []
     return [
         f"{report.facts[f'without_{field}'][0]:,} annotations have no {field}, which COCO's "

@@ -148,7 +148,9 @@ def config_kept(folder: str, keep: bool = True) -> Iterator[None]:
     if keep and "://" not in folder and os.path.isfile(path) and holds_a_run(folder):
         with open(path, "rb") as f:
             text = f.read()
-    yield
-    if text is not None:
-        with open(path, "wb") as f:
-            f.write(text)
+    try:
+        yield
+    finally:
+        if text is not None:
+            with open(path, "wb") as f:
+                f.write(text)

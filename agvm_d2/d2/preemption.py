@@ -236,7 +236,8 @@ class PreemptionHook(HookBase):
         # Else it was the last iteration or evaluation, and model_final is there.
         # A sharded model needs all workers for it; a checkpoint of before is there.
         saves = not alone if self._sharded else comm.is_main_process()
-        if trainer.iter + 1 < trainer.max_iter and saves:
+        made = trainer.iter >= trainer.start_iter  # an iteration, by this run
+        if made and trainer.iter + 1 < trainer.max_iter and saves:
             self._checkpointer.save(f"model_{trainer.iter:07d}", iteration=trainer.iter)
         try:  # nobody ends before the checkpoint is there: the launcher would stop all
             if not alone:
@@ -246,9 +247,10 @@ class PreemptionHook(HookBase):
             if not comm.is_main_process():
                 raise
         if comm.is_main_process():
+            saved = "the checkpoint is written" if made else "nothing was trained, so none is saved"
             logger.warning(
-                f"{name}: the checkpoint is written. The exit code is {EXIT_CODE}; the same "
-                "command with --resume goes on from here."
+                f"{name}: {saved}. The exit code is {EXIT_CODE}; the same command with --resume "
+                "goes on from here."
             )
         raise Preempted
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from ..modules import named_parameters
 from ..param_groups import regroup
+from ..plain_yaml import plain_config
 from .output_dir import FolderLock
 
 logger = logging.getLogger("detectron2.agvm_d2")
@@ -263,31 +264,6 @@ def config_text(cfg: CfgNode | DictConfig) -> str:
             return ""
         with open(path) as f:
             return f.read()
-
-
-class _TagsAsText(yaml.SafeLoader):
-    """A LazyConfig's text names classes and functions; they are only compared."""
-
-
-def _as_text(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
-    if isinstance(node, yaml.SequenceNode):
-        inner: Any = loader.construct_sequence(node, deep=True)
-    elif isinstance(node, yaml.MappingNode):
-        inner = loader.construct_mapping(node, deep=True)
-    else:
-        inner = node.value
-    return inner if suffix in ("tuple", "list", "dict") else f"{suffix} {inner}".strip()
-
-
-_TagsAsText.add_multi_constructor("tag:yaml.org,2002:python/", _as_text)
-
-
-def plain_config(text: str) -> dict:
-    """A config.yaml of either kind, its tags as text."""
-    try:
-        return yaml.load(text, Loader=_TagsAsText) or {}
-    except (yaml.YAMLError, ValueError, TypeError):  # compared as one value
-        return {"config": text}
 
 
 def _flat(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:

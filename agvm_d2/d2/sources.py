@@ -46,7 +46,7 @@ def check_weights(
                 f"network, download {url}; then give its path in {keys[0]}, or put it at "
                 f"{cached(url)}, where Detectron2 looks first ($FVCORE_CACHE names that folder)."
             )
-    elif "://" not in weights and not os.path.exists(weights):
+    elif "://" not in weights and not os.path.exists(weights.partition("?")[0]):
         raise FileNotFoundError(f"{keys[0]}: '{weights}' is not there")
 
 

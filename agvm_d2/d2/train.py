@@ -56,6 +56,12 @@ def setup(args: Namespace) -> CfgNode | DictConfig:
         unsafe = getattr(args, "allow_unsafe_yaml", False)
         cfg = read_config(args.config_file, args.opts, unsafe, project)
         cfg.freeze()
+        before = cfg.SOLVER.REFERENCE_WORLD_SIZE
+        if before and cfg.SOLVER.IMS_PER_BATCH % before:
+            raise ValueError(
+                f"SOLVER.REFERENCE_WORLD_SIZE: found {before}, but it must divide "
+                f"SOLVER.IMS_PER_BATCH, {cfg.SOLVER.IMS_PER_BATCH}."
+            )
         scaled = AGVMTrainer.auto_scale_workers(cfg, num_workers)
         check_config(scaled, num_workers)
         check_names(cfg)
@@ -112,7 +118,7 @@ def open_folder(args: Namespace, cfg: CfgNode | DictConfig) -> FolderLock | None
     """
     lazily = isinstance(cfg, DictConfig)
     folder = cfg.train.output_dir if lazily else cfg.OUTPUT_DIR
-    weights = cfg.train.init_checkpoint if lazily else cfg.MODEL.WEIGHTS
+    weights = (cfg.train.init_checkpoint if lazily else cfg.MODEL.WEIGHTS).partition("?")[0]
     lock, aside = None, ""
     if comm.is_main_process() and not args.eval_only:
         lock = FolderLock.take(folder)

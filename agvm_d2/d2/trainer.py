@@ -117,7 +117,11 @@ class AGVMTrainerMixin(_Trainer):
         check_config(cfg, comm.get_world_size())
         build = getattr(type(self).build_evaluator, "__func__", None)
         stock = build is AGVMTrainer.build_evaluator.__func__  # type: ignore[attr-defined]
-        check_data(of_yacs(cfg, evaluators=stock), log=True)
+        needs = of_yacs(cfg, evaluators=stock)
+        if needs is not None:
+            mixed_in = AGVMTrainerMixin.build_evaluator.__func__  # type: ignore[attr-defined]
+            needs.completed = stock or build is mixed_in
+        check_data(needs, log=True)
         # What a project overrides is kept; what it leaves to Detectron2, also through super(), is
         # this package's. Its build_train_loader may not be this class's.
         ddp = patched(defaults, "create_ddp_model", create_ddp_model)
@@ -283,7 +287,9 @@ class AGVMTrainer(AGVMTrainerMixin, DefaultTrainer):
             check_tta(self.cfg)
             # Before the writer, which then has the results, too.
             places = [i for i, h in enumerate(built) if isinstance(h, hooks.PeriodicWriter)]
-            hook = hooks.EvalHook(0, lambda: self.test_with_TTA(self.cfg, self.model))
+            preemption = next(h for h in built if isinstance(h, PreemptionHook))
+            test = preemption.abortable(lambda: self.test_with_TTA(self.cfg, self.model))
+            hook = hooks.EvalHook(0, test)
             built.insert(places[0] if places else len(built), hook)
         return built
 

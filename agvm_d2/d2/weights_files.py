@@ -1,7 +1,6 @@
 """Files of weights: read without running code, and found broken before anything is made of them."""
 
 from __future__ import annotations
-import collections
 import io
 import logging
 import os
@@ -9,7 +8,6 @@ import pickle
 import zipfile
 from collections.abc import Iterator
 from typing import Any
-import numpy as np
 import torch
 
 logger = logging.getLogger("detectron2.agvm_d2")
@@ -83,7 +81,7 @@ def load_pth(path: str, own_folder: str = "", mapped: bool = False) -> Any:
     try:
         mapped = mapped and _is_zip(path)  # others cannot be
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # what is no checkpoint can make pickle raise anything
         raise ValueError(
             f"The checkpoint '{path}' cannot be read: {str(error).splitlines()[0]} Only files of "
             "tensors and plain values are loaded, since others could run code; "
@@ -114,24 +112,21 @@ def _storage_from_bytes(data: bytes) -> Any:
 class _ArraysUnpickler(pickle.Unpickler):
     """Numpy arrays, torch tensors and plain values only."""
 
-    NUMPY = {"_reconstruct", "ndarray", "dtype", "scalar"}
-    TORCH = {"_rebuild_tensor_v2", "_rebuild_parameter"}  # in torch._utils
+    NUMPY = {"_frombuffer", "_reconstruct", "ndarray", "dtype", "scalar"}
+    OTHERS = {
+        ("_codecs", "encode"),  # how Python 3 pickles bytes in protocol 2
+        ("collections", "OrderedDict"),
+        ("torch", "Size"),
+        ("torch._utils", "_rebuild_parameter"),
+        ("torch._utils", "_rebuild_tensor_v2"),
+    }
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "numpy" and name in self.NUMPY:
-            if name in ("ndarray", "dtype"):
-                return getattr(np, name)
-            return super().find_class(module, name)
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 pickles bytes in protocol 2
-            return super().find_class(module, name)
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
         if (module, name) == ("torch.storage", "_load_from_bytes"):
             return _storage_from_bytes
-        if module == "torch._utils" and name in self.TORCH:
+        of_numpy = module.split(".")[0] == "numpy" and name in self.NUMPY
+        if of_numpy or (module, name) in self.OTHERS:
             return super().find_class(module, name)
-        if (module, name) == ("torch", "Size"):
-            return torch.Size
         raise pickle.UnpicklingError(
             f"the file wants to call {module}.{name}, but a .pkl may hold numpy arrays, torch "
             "tensors and plain values only, since others could run code. If you trust the file, "

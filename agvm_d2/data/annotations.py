@@ -137,6 +137,7 @@ def _check_masks(findings: Findings, anns: Annotations, masks: list[Any], droppe
         shape[i] = "counts" not in masks[i] or not (
             isinstance(size, (list, tuple))
             and len(size) == 2
+            and all(map(is_int, size))
             and (not known or tuple(size) == (anns.sizes[i, 1], anns.sizes[i, 0]))
         )
     fault(shape, IMAGE, "have counts, and a size of the image's (height, width)")

@@ -148,7 +148,7 @@ def _cached(make: Callable[[], tuple[Report, list[str]]], *key: Any) -> Report:
         try:
             os.makedirs(cache_folder(), exist_ok=True)
             stack.enter_context(file_lock(path))  # one of several workers looks, the others wait
-        except OSError:  # no place to keep it
+        except Exception:  # no place to keep it, or no locks there, an error of portalocker's own
             return make()[0]
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             with open(path) as old:

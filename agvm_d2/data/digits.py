@@ -24,6 +24,7 @@ from detectron2.data.datasets import load_coco_json, load_sem_seg
 from detectron2.data.datasets.coco_panoptic import merge_to_panoptic
 from iopath.common.file_io import file_lock
 from PIL import Image
+from portalocker import LockException
 
 VERSION = "v2"  # of what the folder holds: a new one for every change below
 SIZE = 96
@@ -170,7 +171,7 @@ def make_whole(folder: str, fill: Callable[[str], None]) -> None:
                 os.rename(temporary, folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
+    except (OSError, LockException) as error:
         raise OSError(
             f"The digits dataset cannot be made in '{folder}': {error}. Set the environment "
             "variable DETECTRON2_DATASETS to a folder that can be written."

@@ -31,11 +31,9 @@ def image_sizes(
     sizes = np.full((len(records), 2), np.nan)
     for column, key in enumerate(("width", "height")):
         values: list[Any] = [record.get(key) for record in records]
-        good = np.array([is_int(v) and v > 0 for v in values], bool)
+        # numpy's too, which dataset functions give
+        good = np.array([(is_int(v) or isinstance(v, np.integer)) and v > 0 for v in values], bool)
         given = np.array([key in r for r in records], bool)
-        # numpy's whole numbers too, which dataset functions give
-        for i in np.flatnonzero(~good & given):
-            good[i] = isinstance(values[i], np.integer) and values[i] > 0
         wrong = ~good & (given | needed)
         need = "be a whole number from 1 on"
         shown = [v if g else "none" for v, g in zip(values, given, strict=True)]

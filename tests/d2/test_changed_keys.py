@@ -12,6 +12,7 @@ from toy import ToyDetector, ToyTrainer, agvm_hook, batch, toy_config, weights
 
 from agvm_d2.d2 import resume
 from agvm_d2.d2.loader import ResumableLoader
+from agvm_d2.plain_yaml import plain_config
 
 OFF = {"AGVM__ENABLED": False}
 MICRO = {"SOLVER__MICRO_BATCH_SIZE": 2}
@@ -331,11 +332,11 @@ def test_a_lazy_configs_text_is_compared_without_being_run():
         )
 
     a, b = (
-        dict(resume._flat(resume.plain_config(resume.config_text(c))))
+        dict(resume._flat(plain_config(resume.config_text(c))))
         for c in (make(1, "x"), make(2, "y"))
     )
     assert list(resume.differences(a, b)) == [("optimizer.lr", 1, 2)]
     evil = "a: !!python/object/apply:os.mkdir [evil]\nb: 1\n"
-    assert resume.plain_config(evil) == {"a": "object/apply:os.mkdir ['evil']", "b": 1}
+    assert plain_config(evil) == {"a": "object/apply:os.mkdir ['evil']", "b": 1}
     assert not os.path.exists("evil")
     json.dumps(a)  # plain

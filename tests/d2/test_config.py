@@ -15,6 +15,9 @@ def test_a_projects_own_optimizer_keys_are_kept():
     cfg.SOLVER.OPTIMIZER, cfg.SOLVER.BETAS = "ADAMW", (0.9, 0.95)
     add_agvm_config(cfg)
     assert (cfg.SOLVER.OPTIMIZER, cfg.SOLVER.BETAS) == ("ADAMW", (0.9, 0.95))
+    cfg.AGVM.ANCHOR = "encoder"
+    add_agvm_config(cfg)  # once more, as where a project adds the keys itself
+    assert cfg.AGVM.ANCHOR == "encoder"
 
 
 @pytest.mark.parametrize(

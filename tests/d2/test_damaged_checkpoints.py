@@ -124,6 +124,21 @@ def test_pycls_files_run_no_code(tmp_path, monkeypatch):
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("protocol", range(6))
+def test_arrays_in_a_pkl_of_any_protocol(protocol, tmp_path):
+    arrays = {"a": np.arange(6.0).reshape(2, 3), "b": np.float32(3)}
+    (tmp_path / "m.pkl").write_bytes(pickle.dumps(arrays, protocol=protocol))
+    found = weights_files.load_pkl(str(tmp_path / "m.pkl"))
+    assert (found["a"] == arrays["a"]).all() and found["b"] == 3
+
+
+@pytest.mark.parametrize("data", [b"hello, this is a text\n", b"a" * 300, b"\x80\x02q\x00."])
+def test_what_is_no_checkpoint_is_told(data, tmp_path):
+    (tmp_path / "m.pth").write_bytes(data)
+    with pytest.raises(ValueError, match="m.pth' cannot be read"):
+        weights_files.load_pth(str(tmp_path / "m.pth"))
+
+
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("kind", [lambda t: t, torch.nn.Parameter], ids=["tensor", "parameter"])
 def test_tensors_in_a_pkl(protocol, kind, tmp_path):

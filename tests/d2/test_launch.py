@@ -53,6 +53,8 @@ def test_slurm_with_a_task_a_machine():
 
 
 def test_flags_that_contradict_the_environment():
+    with pytest.raises(ValueError, match="--num-gpus: found 0, but it must be 1 or more"):
+        worker_from_environment(flags(num_gpus=0), {})
     with pytest.raises(ValueError, match="--num-gpus 8: torchrun has started 4 workers"):
         worker_from_environment(flags(8), TORCHRUN)
     with pytest.raises(ValueError, match="different numbers of tasks, 4,3: .*ntasks-per-node"):

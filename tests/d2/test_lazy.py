@@ -15,7 +15,8 @@ optimizer = dict()
 lr_multiplier = dict()
 dataloader = dict(train=dict(total_batch_size=16, num_workers=0, dataset=dict(names="a")))
 train = dict(
-    max_iter=10, device="cpu", amp=dict(enabled=False), micro_batch_size=4,
+    max_iter=10, device="cpu", amp=dict(enabled=False), micro_batch_size=4, ddp=dict(),
+    checkpointer=dict(period=5), eval_period=0, log_period=20, output_dir="x", init_checkpoint=None,
     clip_gradients=dict(clip_type="norm", clip_value=1.0), on_nonfinite="stop",
 )
 agvm = dict(start_iter=1)
@@ -91,6 +92,11 @@ def test_bad_agvm_values_are_named(key, value, said, config):
         ("train.amp.enabled=True", "train.amp.enabled: found True, .*CUDA"),
         ("train.device=cuda", "train.device: found 'cuda', .*train.device=cpu"),
         ("train.device=gpu", "train.device: found 'gpu', .*cpu, cuda or cuda:N"),
+        ("train.device=0", "train.device: found 0, .*cpu, cuda or cuda:N"),
+        ("train.amp=null", "^train.amp.enabled: it is missing, or None"),
+        ("train.output_dir=null", "^train.output_dir: it is missing, or None"),
+        ("train=null", "^train: found None, but it must be a dict"),
+        ("train.seed=abc", "^train.seed: found 'abc', .*whole number"),
     ],
 )
 def test_bad_overrides(override, message, config):
@@ -105,12 +111,27 @@ def test_bad_overrides(override, message, config):
         ("import no_such_package", "c.py': ModuleNotFoundError: No module named 'no_such"),
         ("train = dict(device='cpu')", "The config has no 'model'"),
         (GOOD.replace("agvm =", "agvmm ="), "c.py' has no 'agvm'; did you mean agvmm?"),
+        (
+            GOOD.replace("micro_batch_size", "micro_batchsize"),
+            "^train.micro_batchsize: there is no",
+        ),
+        (GOOD.replace("on_nonfinite", "on_nonfinit"), "did you mean on_nonfinite"),
+        (GOOD.replace("clip_gradients", "clip_grad"), "^train.clip_grad: .*did you mean clip_grad"),
+        (GOOD.replace("max_iter", "iterations"), "^train.max_iter: it is missing, or None"),
     ],
 )
 def test_bad_files(source, message, tmp_path):
     (tmp_path / "c.py").write_text(source)
     with pytest.raises(ValueError, match=message):
         lazy.check(lazy.load(str(tmp_path / "c.py"), []), 1)
+
+
+@pytest.mark.parametrize("names", ["None", "5"])
+def test_names_that_are_none(names, tmp_path):
+    (tmp_path / "c.py").write_text(GOOD.replace('names="a"', f"names={names}"))
+    cfg = lazy.load(str(tmp_path / "c.py"), [])
+    with pytest.raises(ValueError, match=f"dataloader.train.dataset.names: found {names}, "):
+        lazy.dataset_names(cfg, eval_only=False)
 
 
 def test_no_file():

@@ -329,6 +329,12 @@ def lazy_config():
     return lazy.load(LAZY, [])
 
 
+def test_a_mapper_that_is_a_function():
+    cfg = lazy.load(LAZY, [])
+    cfg.dataloader.train.mapper = None
+    look_lazily(cfg)
+
+
 def look_lazily(cfg, train="digits_train", test="digits_val"):
     cfg = copy.deepcopy(cfg)
     cfg.dataloader.train.dataset.names = train
@@ -361,5 +367,7 @@ def test_a_projects_own_evaluator_is_told_of(tmp_path, d2_log):
     name = changed(tmp_path, without("area"))
     look(DETECTION, "DATASETS.TEST", (name,), log=True)
     assert "have no area" not in d2_log.text  # filled in
-    look(DETECTION, "DATASETS.TEST", (name,), log=True, evaluators=False)
+    needs = of_yacs(read_config(DETECTION, ["DATASETS.TEST", (name,)]), evaluators=False)
+    needs.completed = False
+    check_data(needs, log=True)
     assert "33 annotations have no area, which COCO's evaluation needs" in d2_log.text

@@ -98,6 +98,15 @@ def test_a_file_system_without_locks_is_told_once(tmp_path, monkeypatch, d2_log)
     assert "cannot be locked ([Errno 37] No locks available)" in d2_log.text
 
 
+def test_a_config_is_kept_also_where_its_body_raises(tmp_path):
+    (tmp_path / "config.yaml").write_text("old")
+    (tmp_path / "model_final.pth").write_text("")
+    with pytest.raises(TypeError), output_dir.config_kept(str(tmp_path)):
+        (tmp_path / "config.yaml").write_text("new")
+        raise TypeError
+    assert (tmp_path / "config.yaml").read_text() == "old"
+
+
 def old_run(folder):
     files = "metrics.json last_checkpoint model_0000001.pth model_final.pth log.txt log.txt.rank1"
     for name in (*files.split(), "config.yaml", "events.out.tfevents.1.a.2.0", "mine.txt"):

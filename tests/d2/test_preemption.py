@@ -209,6 +209,18 @@ def test_an_evaluation_that_fails_is_no_preemption(tmp_path):
         train(tmp_path, evaluate=evaluate, TEST__EVAL_PERIOD=6)
 
 
+def test_a_signal_before_the_first_iteration_saves_nothing(tmp_path):
+    class Early(HookBase):
+        def before_train(self):
+            send()
+
+    trainer = Trainer(toy_config(tmp_path))
+    trainer.register_hooks([Early()])
+    with pytest.raises(Preempted):
+        trainer.train()
+    assert not [*tmp_path.glob("*.pth")] and not (tmp_path / "last_checkpoint").exists()
+
+
 def test_a_signal_while_saving(whole, tmp_path):
     class State(HookBase):
         def state_dict(self):

@@ -14,6 +14,11 @@ def test_a_module_in_this_folder_is_found_by_a_console_script_too(tmp_path, monk
     assert import_project(["own_shapes:add"], get_cfg()).OWN == 3
 
 
+def test_a_function_that_returns_no_config_is_told():
+    with pytest.raises(ValueError, match="--import os:getcwd: .*getcwd returns '.*a config"):
+        import_project(["os:getcwd"], get_cfg())
+
+
 def test_a_file_of_a_package_is_told_to_be_imported_by_name(tmp_path):
     (tmp_path / "own_part.py").write_text("from .other import x\n")
     with pytest.raises(ValueError, match="--import .*own_part.py: .*by name, without .py"):

@@ -101,6 +101,7 @@ def test_other_sources(tmp_path):
     check("s3://bucket/m.pth")  # its handler's business
     (tmp_path / "m.pth").write_bytes(b"x")
     check(str(tmp_path / "m.pth"), eval_only=True)
+    check(f"{tmp_path}/m.pth?matching_heuristics=True")
     with pytest.raises(FileNotFoundError, match="MODEL.WEIGHTS: 'no.pth' is not there"):
         check("no.pth")
     with pytest.raises(ValueError, match="Detectron2 has no 'catalog://no'"):

@@ -241,6 +241,7 @@ RECORDS = [
         ERROR,
         f"{HERE}|size",
     ),
+    ("code of no size", note(segmentation={"size": [None, None], "counts": "x"}), ERROR, "|size"),
     ("code without size", note(segmentation={"counts": "x"}), ERROR, f"{HERE}|size"),
     ("code without counts", note(segmentation={"size": [30, 40]}), ERROR, f"{HERE}|have counts"),
     (
@@ -664,6 +665,17 @@ def test_it_is_kept_until_something_changes(images, tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_done_without(images, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    path = tmp_path / "a.json"
+    path.write_bytes(WHOLE)
+    name = register(list, json_file=str(path), image_root=str(images), evaluator_type="coco")
+    assert check(name).faults == []
+
+
+def test_a_cache_without_locks_is_done_without(images, tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
     path = tmp_path / "a.json"
     path.write_bytes(WHOLE)
     name = register(list, json_file=str(path), image_root=str(images), evaluator_type="coco")

@@ -20,6 +20,7 @@ BAD = {
     "SOLVER.OPTIMIZER": ["ADAM", "1", "()"],
     "SOLVER.MICRO_BATCH_SIZE": ["-4", "3", "5", "1000", "'x'", "2.5"],
     "SOLVER.IMS_PER_BATCH": ["0", "-8", "'x'", "7.5", "()"],
+    "SOLVER.REFERENCE_WORLD_SIZE": ["7", "'x'"],
     "SOLVER.WARMUP_METHOD": ["cubic", "3"],
     "SOLVER.WARMUP_ITERS": NUMBERS[:5],
     "SOLVER.WARMUP_FACTOR": ["0.0", "-0.1", "1.5", "'x'", "nan"],
