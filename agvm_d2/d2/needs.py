@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 import pycocotools.mask as mask_util
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
@@ -47,6 +47,7 @@ class Needs:
     sigmas: tuple[str, Sequence[float]] | None = None
     skip_images: bool = False
     evaluators: bool = False  # those of AGVMTrainer
+    own_mapper: bool = False  # a project's, which may read what Detectron2's cannot
     completed: bool = True  # the evaluator goes through `complete`
 
 
@@ -102,6 +103,9 @@ def of_lazy(cfg: DictConfig, train: Sequence[str], test: Sequence[str]) -> Needs
         skip_images=cfg.train.get("on_bad_image", "stop") == "skip",
     )
     mapper = OmegaConf.select(cfg, "dataloader.train.mapper", default={})
+    target = mapper.get("_target_", DatasetMapper) if OmegaConf.is_dict(mapper) else None
+    name = getattr(target, "__name__", str(target).rpartition(".")[2])
+    needs.own_mapper = name != "DatasetMapper"
     if OmegaConf.select(cfg, "model.roi_heads.mask_head") is not None:
         needs.masks = "model.roi_heads.mask_head"
         stock = OmegaConf.is_dict(mapper)  # else a function, whose masks are not known
@@ -133,11 +137,11 @@ def check_data(needs: Needs | None, log: bool = False) -> None:
             if name not in DatasetCatalog.list():
                 continue  # a project's own way to name them
             report = check(name)
-            skip = needs.skip_images and not test
-            found = report.errors(skip) or _mismatches(needs, name, report, test)
+            skip = needs.skip_images and not test, needs.own_mapper
+            found = report.errors(*skip) or _mismatches(needs, name, report, test)
             errors += [line for line in found if line not in errors]
             if log and comm.is_main_process():
-                for line in report.warnings(skip) + _unseen(needs, name, report, test):
+                for line in report.warnings(*skip) + _unseen(needs, name, report, test):
                     logger.warning(f"Dataset '{name}': {line}")
     if errors:
         more = len(errors) - MAX_LINES

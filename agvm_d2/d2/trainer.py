@@ -121,6 +121,8 @@ class AGVMTrainerMixin(_Trainer):
         if needs is not None:
             mixed_in = AGVMTrainerMixin.build_evaluator.__func__  # type: ignore[attr-defined]
             needs.completed = stock or build is mixed_in
+            theirs = [c for c in type(self).__mro__ if c not in (AGVMTrainerMixin, DefaultTrainer)]
+            needs.own_mapper = any("build_train_loader" in vars(c) for c in theirs)
         check_data(needs, log=True)
         # What a project overrides is kept; what it leaves to Detectron2, also through super(), is
         # this package's. Its build_train_loader may not be this class's.

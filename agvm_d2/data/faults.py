@@ -27,8 +27,11 @@ class Fault:
     text: str
     count: int = 1
     of: int = 0  # records looked at
+    mapper: bool = False  # only Detectron2's reads it wrongly
 
-    def spoils(self, skip_images: bool) -> bool:
+    def spoils(self, skip_images: bool, own_mapper: bool = False) -> bool:
+        if self.mapper and own_mapper:
+            return False
         if self.level == SLIP:
             return self.count > RARE * self.of
         return self.level == ERROR or (self.level == IMAGE and not skip_images)
@@ -44,11 +47,11 @@ class Report:
     faults: list[Fault] = dataclasses.field(default_factory=list)
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def errors(self, skip_images: bool = False) -> list[str]:
-        return [str(f) for f in self.faults if f.spoils(skip_images)]
+    def errors(self, skip_images: bool = False, own_mapper: bool = False) -> list[str]:
+        return [str(f) for f in self.faults if f.spoils(skip_images, own_mapper)]
 
-    def warnings(self, skip_images: bool = False) -> list[str]:
-        return [str(f) for f in self.faults if not f.spoils(skip_images)]
+    def warnings(self, skip_images: bool = False, own_mapper: bool = False) -> list[str]:
+        return [str(f) for f in self.faults if not f.spoils(skip_images, own_mapper)]
 
 
 class DatasetError(ValueError):
@@ -63,13 +66,20 @@ class Findings:
         self.faults: dict[str, Fault] = {}
 
     def add(
-        self, level: str, kind: str, where: str, what: str, count: int = 1, of: int = 0
+        self,
+        level: str,
+        kind: str,
+        where: str,
+        what: str,
+        count: int = 1,
+        of: int = 0,
+        mapper: bool = False,
     ) -> None:
         if kind in self.faults:
             self.faults[kind].count += count
         else:
             place = f"{where}: " if where else ""
-            self.faults[kind] = Fault(level, f"{self.file}: {place}{what}", count, of)
+            self.faults[kind] = Fault(level, f"{self.file}: {place}{what}", count, of, mapper)
 
     def add_where(
         self,

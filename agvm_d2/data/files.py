@@ -133,7 +133,7 @@ def check_sampled(findings: Findings, images: Images) -> None:
                 IMAGE, "size", images.where(i), text + f"'{path}' is {size[0]} x {size[1]}"
             )
         if spoils:
-            findings.add(IMAGE, "mode", images.where(i), f"'{path}': {spoils}")
+            findings.add(IMAGE, "mode", images.where(i), f"'{path}': {spoils}", mapper=True)
         if odd:
             findings.add(WARNING, "odd mode", images.where(i), f"'{path}': {odd}")
 
@@ -167,7 +167,7 @@ def check_labels(
             findings.add(IMAGE, "unreadable label", "", what)
             continue
         if spoils:
-            findings.add(ERROR, "label mode", "", f"'{label}': {spoils}")
+            findings.add(ERROR, "label mode", "", f"'{label}': {spoils}", mapper=True)
             continue
         if size != wanted:
             what = f"'{label}': {size[0]} x {size[1]}, but its image '{path}' is "

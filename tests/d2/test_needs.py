@@ -1,5 +1,6 @@
 """A config against its datasets, before anything is built."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -8,13 +9,16 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json, register_coco_instances
+from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 from detectron2.structures import Boxes, Instances
+from PIL import Image
+from toy_d2 import ToyTrainer, toy_config
 
-from agvm_d2 import AGVMTrainer
+from agvm_d2 import AGVMTrainer, AGVMTrainerMixin
 from agvm_d2.d2 import lazy
 from agvm_d2.d2.config import read_config
-from agvm_d2.d2.needs import check_data, complete, evaluator_type, of_lazy, of_yacs
+from agvm_d2.d2.needs import Needs, check_data, complete, evaluator_type, of_lazy, of_yacs
 from agvm_d2.data import digits as data
 from agvm_d2.data.faults import DatasetError
 
@@ -331,8 +335,45 @@ def lazy_config():
 
 def test_a_mapper_that_is_a_function():
     cfg = lazy.load(LAZY, [])
+    assert not lazy.needs(cfg).own_mapper
     cfg.dataloader.train.mapper = None
+    assert lazy.needs(cfg).own_mapper
     look_lazily(cfg)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_what_only_detectron2s_mapper_reads_wrongly(own, tmp_path, d2_log):
+    image, label, name = tmp_path / "a.jpg", tmp_path / "a.png", next(names)
+    Image.new("RGB", (8, 8)).save(image)
+    Image.new("P", (8, 8)).save(label)
+    record = {"file_name": str(image), "width": 8, "height": 8, "sem_seg_file_name": str(label)}
+    DatasetCatalog.register(name, lambda: [record])
+    MetadataCatalog.get(name).set(stuff_classes=["a", "b"], ignore_label=255)
+    needs = Needs(train=(name,), test=(), off="", own_mapper=own)
+    if own:
+        check_data(needs, log=True)
+        assert "mode P, but labels must be 8-bit grey" in d2_log.text
+    else:
+        with pytest.raises(DatasetError, match="mode P, but labels must be 8-bit grey"):
+            check_data(needs)
+
+
+@pytest.mark.parametrize("loads", [False, True])
+def test_a_projects_own_loader_may_have_its_own_mapper(loads, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr("agvm_d2.d2.trainer.check_data", lambda needs, log: kept.append(needs))
+
+    class Theirs(DefaultTrainer):
+        build_model = ToyTrainer.__dict__["build_model"]
+        if loads:
+            build_train_loader = ToyTrainer.__dict__["build_train_loader"]
+
+    class Mixed(AGVMTrainerMixin, Theirs):
+        pass
+
+    with contextlib.suppress(Exception):  # without that loader there are no data
+        Mixed(toy_config(tmp_path))
+    assert kept[0].own_mapper == loads and kept[0].completed
 
 
 def look_lazily(cfg, train="digits_train", test="digits_val"):
