@@ -202,9 +202,10 @@ def check(cfg: DictConfig, num_workers: int, eval_only: bool = False) -> None:
                 f"The config has no '{key}': see the .py ones of agvm_d2.model_zoo{hint}."
             )
     _check_there(cfg)
-    for name in map(str, cfg.train):
-        hint = did_you_mean(name, TRAIN_KEYS)
-        if name not in TRAIN_KEYS and hint != ".":
+    for name, node in cfg.train.items():
+        hint = did_you_mean(str(name), TRAIN_KEYS)
+        off = OmegaConf.is_dict(node) and node.get("enabled") is False  # as detrex's clip_grad
+        if name not in TRAIN_KEYS and hint != "." and not off:
             raise ValueError(f"train.{name}: there is no such key{hint}")
     settings = check_keys(cfg)
     enabled = cfg.agvm.get("enabled", True)

@@ -46,6 +46,11 @@ def test_a_good_one(config):
     config("agvm.log_period=5", "agvm.enabled=False", "agvm.start_iter=-1")
 
 
+def test_another_packages_key_that_is_off(tmp_path):
+    (tmp_path / "c.py").write_text(GOOD + "train['clip_grad'] = dict(enabled=False)\n")
+    lazy.check(lazy.load(str(tmp_path / "c.py"), []), 1)
+
+
 @pytest.mark.parametrize("key, value, said", bad_values.CASES, ids=str)
 def test_bad_agvm_values_are_named(key, value, said, config):
     with pytest.raises(ValueError, match=f"^agvm.{re.escape(key)}: {said}"):
