@@ -16,7 +16,6 @@ from .tables import Rows, base_of, by_cell, ended, smallest_gain
 MARKS = {
     "sgd": ("0.5", "o"),
     "gain_least": ("tab:red", "s"),
-    "gain": ("tab:pink", "v"),
     "whole": ("tab:blue", "^"),
     "muon": ("tab:green", "D"),
 }
@@ -69,5 +68,7 @@ def draw_runs(rows: Rows, pipeline: str, panel: Axes) -> None:
             panel.annotate(f"{run.batch}", (x, y), (4, 4), textcoords="offset points")
     if base:
         panel.axhline(whole, color="0.7", lw=0.8, zorder=0)
-    panel.set(xlabel=f"iterations / those of batch {BASE}", title=PANELS[pipeline])
-    panel.margins(0.12)
+    panel.set(xlabel=f"iterations / those of batch {BASE}", title=PANELS[pipeline], xscale="log")
+    panel.set_xticks(shares := (0.125, 0.25, 0.5, 1, 2), [f"{share:g}" for share in shares])
+    panel.minorticks_off()
+    panel.margins(0.15)
