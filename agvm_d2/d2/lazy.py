@@ -57,12 +57,11 @@ AGVM_KEYS = {"enabled", "log_period"} | {field.name for field in dataclasses.fie
 TRAIN_KEYS = {"micro_batch_size", "clip_gradients", "expected_results", "on_nonfinite"}
 TRAIN_KEYS |= {"on_bad_image", "check_datasets", "fsdp", "seed"}
 DATASETS = "dataloader.*.dataset.names"  # where they are named
-# What Detectron2's own train_net reads, too.
-THERE = [
-    "train.amp.enabled",
-    "train.checkpointer.period", "train.ddp", "train.device", "train.eval_period",
-    "train.init_checkpoint", "train.log_period", "train.max_iter", "train.output_dir",
-]  # fmt: skip
+# What Detectron2's own train_net reads of `train`, too.
+THERE = (
+    "amp.enabled", "checkpointer.period", "ddp", "device", "eval_period", "init_checkpoint",
+    "log_period", "max_iter", "output_dir",
+)  # fmt: skip
 KEYS = ("model", "optimizer", "lr_multiplier", "dataloader", "train", "agvm")
 
 
@@ -181,11 +180,11 @@ def _check_there(cfg: DictConfig) -> None:
     for key in KEYS:
         if key != "agvm" and not OmegaConf.is_dict(cfg[key]):
             raise ValueError(f"{key}: found {cfg[key]!r}, but it must be a dict.")
-    for key in THERE:
-        if OmegaConf.select(cfg, key) is None:
+    for name in THERE:
+        if OmegaConf.select(cfg.train, name) is None:
             raise ValueError(
-                f"{key}: it is missing, or None. Detectron2's model_zoo has it in "
-                "configs/common/train.py, or in a config's dataloader and optimizer."
+                f"train.{name}: it is missing, or None. Detectron2's model_zoo has it in "
+                "configs/common/train.py."
             )
 
 

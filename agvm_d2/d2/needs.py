@@ -137,11 +137,11 @@ def check_data(needs: Needs | None, log: bool = False) -> None:
             if name not in DatasetCatalog.list():
                 continue  # a project's own way to name them
             report = check(name)
-            skip = needs.skip_images and not test, needs.own_mapper
-            found = report.errors(*skip) or _mismatches(needs, name, report, test)
+            spared = needs.skip_images and not test, needs.own_mapper
+            found = report.errors(*spared) or _mismatches(needs, name, report, test)
             errors += [line for line in found if line not in errors]
             if log and comm.is_main_process():
-                for line in report.warnings(*skip) + _unseen(needs, name, report, test):
+                for line in report.warnings(*spared) + _unseen(needs, name, report, test):
                     logger.warning(f"Dataset '{name}': {line}")
     if errors:
         more = len(errors) - MAX_LINES

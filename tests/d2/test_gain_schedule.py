@@ -440,7 +440,7 @@ def multiplier(optimizer):
 
 
 def saved_at(trainer, iteration):
-    """A hook that keeps the trainer's state after this iteration."""
+    """Filled with the trainer's state after this iteration."""
     kept = {}
 
     def keep(trainer):
@@ -451,11 +451,8 @@ def saved_at(trainer, iteration):
     return kept
 
 
-def test_a_resume_through_the_hook_counts_iterations_again(tmp_path):
-    trainer, _, max_iter = simple(tmp_path, ("lr", "agvm"), multiplier)
-    state = saved_at(trainer, 9)
-    with ends_when_done():
-        trainer.train(0, max_iter)
+def resumed_by_iterations(tmp_path, state):
+    """Iterations 10 to 40 by the hook, from a trainer's state; see their rates fall linearly."""
     again, _, max_iter = simple(tmp_path, ("lr", "agvm"), multiplier, gain={})
     again.load_state_dict(state)
     watch = Watch()
@@ -463,19 +460,22 @@ def test_a_resume_through_the_hook_counts_iterations_again(tmp_path):
     again.register_hooks([watch])
     again.train(10, max_iter)
     assert watch.lrs == pytest.approx([0.05 * (1 - 0.9 * i / 40) for i in range(10, 40)])
+    return again
+
+
+def test_a_resume_through_the_hook_counts_iterations_again(tmp_path):
+    trainer, _, max_iter = simple(tmp_path, ("lr", "agvm"), multiplier)
+    state = saved_at(trainer, 9)
+    with ends_when_done():
+        trainer.train(0, max_iter)
+    resumed_by_iterations(tmp_path, state)
 
 
 def test_the_hook_takes_a_checkpoint_without_agvm(tmp_path):
     stock, _, max_iter = simple(tmp_path, ("lr",), multiplier, split=False)
     state = saved_at(stock, 9)
     stock.train(0, max_iter)
-    again, _, _ = simple(tmp_path, ("lr", "agvm"), multiplier, gain={})
-    again.load_state_dict(state)
-    watch = Watch()
-    watch.after_step = lambda: None
-    again.register_hooks([watch])
-    again.train(10, max_iter)
-    assert watch.lrs == pytest.approx([0.05 * (1 - 0.9 * i / 40) for i in range(10, 40)])
+    again = resumed_by_iterations(tmp_path, state)
     rates = {group["lr"] for group in again.optimizer.param_groups}
     assert len(again.optimizer.param_groups) == 4 and len(rates) == 1
 
