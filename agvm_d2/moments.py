@@ -133,7 +133,8 @@ class GradientTap:
     @torch.no_grad()
     def collect(self) -> Moments | None:
         """Moments over all workers, with the same bits in each, so that all decide alike; None
-        where a worker's gradients were added to older ones, none were averaged, or there was only one.
+        where a worker's gradients were added to older ones, none were averaged, or there is only
+        one.
 
         One all-reduce of 2 * modules + 1 float64 (`split`: 3 * modules + 1) and one host sync.
         """

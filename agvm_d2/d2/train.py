@@ -56,12 +56,6 @@ def setup(args: Namespace) -> CfgNode | DictConfig:
         unsafe = getattr(args, "allow_unsafe_yaml", False)
         cfg = read_config(args.config_file, args.opts, unsafe, project)
         cfg.freeze()
-        before = cfg.SOLVER.REFERENCE_WORLD_SIZE
-        if before and cfg.SOLVER.IMS_PER_BATCH % before:
-            raise ValueError(
-                f"SOLVER.REFERENCE_WORLD_SIZE: found {before}, but it must divide "
-                f"SOLVER.IMS_PER_BATCH, {cfg.SOLVER.IMS_PER_BATCH}."
-            )
         scaled = AGVMTrainer.auto_scale_workers(cfg, num_workers)
         check_config(scaled, num_workers)
         check_names(cfg)

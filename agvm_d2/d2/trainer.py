@@ -157,6 +157,11 @@ class AGVMTrainerMixin(_Trainer):
             if frozen:
                 cfg.freeze()
             return cfg
+        if before not in (0, num_workers) and cfg.SOLVER.IMS_PER_BATCH % before:
+            raise ValueError(
+                f"SOLVER.REFERENCE_WORLD_SIZE: found {before}, but it must divide "
+                f"SOLVER.IMS_PER_BATCH, {cfg.SOLVER.IMS_PER_BATCH}."
+            )
         cfg = DefaultTrainer.auto_scale_workers(cfg, num_workers)
         if before in (0, num_workers) or "AGVM" not in cfg:
             return cfg
