@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 import contextlib
-import itertools
 import logging
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -144,6 +143,9 @@ class Pulse:
 
     Rank 0 says, in the log, who has not been heard of, and rank 1 says it of rank 0; long before
     the timeout, and whatever the backend then does.
+
+    Raises:
+        ConnectionError: the store that the workers met at cannot be reached.
     """
 
     MISSED = 3  # beats
@@ -153,31 +155,36 @@ class Pulse:
         self._period = min(10.0, training_timeout().total_seconds() / 12)
         self._stop = threading.Event()
         watched = {0: range(1, worker.world_size), 1: range(1)}.get(worker.rank, range(0))
-        self._heard = {rank: (b"", time.monotonic()) for rank in watched}
+        self._heard = {rank: (0, time.monotonic()) for rank in watched}
         self._named: set[int] = set()
+        self._threads: list[threading.Thread] = []
         if not worker.dist_url.startswith("file:"):  # that store counts who opens it
+            allowed = timedelta(seconds=self._period * self.MISSED)
             # Two: a stopped rank 0 can hold up the one that talks to its store.
-            for target in (self._beat, self._watch)[: 2 if self._heard else 1]:
-                threading.Thread(target=target, daemon=True).start()
+            self._start(self._beat, _connect(worker, allowed, serve=False))
+            if self._heard:
+                self._start(self._watch)
+
+    def _start(self, target: Callable, *args: dist.Store) -> None:
+        self._threads.append(threading.Thread(target=target, args=args, daemon=True))
+        self._threads[-1].start()
 
     def stop(self) -> None:
+        """End the threads: Python aborts if one comes back from the store while it finalizes."""
         self._stop.set()
+        for thread in self._threads:
+            thread.join(1)  # s; one that a stopped rank 0 holds up does not come back
 
-    def _beat(self) -> None:
-        allowed = timedelta(seconds=self._period * self.MISSED)
-        store = None
-        for beat in itertools.count():
-            try:
-                store = store or _connect(self._worker, allowed, serve=False)
-                store.set(f"beat {self._worker.rank}", str(beat))
+    def _beat(self, store: dist.Store) -> None:
+        with contextlib.suppress(RuntimeError, OSError):  # rank 0, who serves the store, has ended
+            while True:
+                store.add(f"beat {self._worker.rank}", 1)
                 for rank in self._heard:
-                    value = store.get(f"beat {rank}")
-                    if value != self._heard[rank][0]:
-                        self._heard[rank] = value, time.monotonic()
-            except (RuntimeError, OSError):  # rank 0 serves the store
-                store = None
-            if self._stop.wait(self._period):
-                return
+                    beats = store.add(f"beat {rank}", 0)  # unlike get, waits for no first one
+                    if beats != self._heard[rank][0]:
+                        self._heard[rank] = beats, time.monotonic()
+                if self._stop.wait(self._period):
+                    return
 
     def _watch(self) -> None:
         while not self._stop.wait(self._period):

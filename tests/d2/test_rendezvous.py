@@ -188,6 +188,18 @@ def test_a_worker_that_falls_silent_is_named(silent, monkeypatch, d2_log, capfd)
     del stores
 
 
+def test_no_thread_outlives_a_pulse():
+    """One that came back from the store while Python finalizes would abort the worker."""
+    url = f"tcp://127.0.0.1:{free_port()}"
+    stores = all_meet([0, 1], 2, url)
+    before = threading.active_count()
+    for _ in range(20):
+        pulse = Pulse(Worker(0, 0, 2, 2, url))  # rank 1 never beats
+        pulse.stop()
+        assert threading.active_count() == before
+    del stores
+
+
 RESTARTED = """
 import sys
 from argparse import Namespace
