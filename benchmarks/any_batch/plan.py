@@ -36,8 +36,8 @@ def rivals(arm: str, *lrs: float) -> list[Run]:
     return runs(arm, 128, *lrs, iterations=TOOK_BY_MODEL["faster_rcnn"])
 
 
-def controls(arm: str, *lrs: float) -> list[Run]:
-    return runs(arm, 128, *lrs, iterations=TOOK["faster_rcnn"])
+def controls(arm: str, *lrs: float, seeds: tuple[int, ...] = (1,)) -> list[Run]:
+    return runs(arm, 128, *lrs, seeds=seeds, iterations=TOOK["faster_rcnn"])
 
 
 def same_epochs(arm: str, *lrs: float, seeds: tuple[int, ...] = (1,)) -> list[Run]:
@@ -100,19 +100,20 @@ GRID: list[Run] = [
     *runs("gain_least_muon", 128, 0.001),
     *same_epochs("sam", LR),
     *rivals("sgd_3", 2 * LR),
-    *controls("sgd_3", LR),
+    *controls("sgd_3", LR, seeds=SEEDS),
     *controls("sgd_soft", LR),
     # Other pipelines, clipped as by the recipe.
     *(
         run
+        for seed in SEEDS
         for p, optimizer, gain, lr in (
             ("mask_rcnn", "sgd", "gain_least", LR),
             ("semantic_fpn", "sgd", "gain_least", LR),
             ("faster_rcnn_swin", "adamw", "gain_least_adamw", 0.001),
         )
         for run in (
-            Run(p, optimizer, BASE, lr, 1),
-            Run(p, gain, 128, lr, 1, options=RELATIVE_CLIP),
+            Run(p, optimizer, BASE, lr, seed),
+            Run(p, gain, 128, lr, seed, options=RELATIVE_CLIP),
         )
     ),
     Run("faster_rcnn", "gain_least", 128, LR, 1, options=RELATIVE_CLIP),
