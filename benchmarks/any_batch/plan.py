@@ -102,6 +102,7 @@ GRID: list[Run] = [
     *rivals("sgd_3", 2 * LR),
     *controls("sgd_3", LR, seeds=SEEDS),
     *controls("sgd_soft", LR),
+    *controls("sgd_3_soft", LR),
     # Other pipelines, clipped as by the recipe.
     *(
         run

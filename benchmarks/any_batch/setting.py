@@ -160,6 +160,7 @@ ARMS = {
     "sgd": Arm("SGD", MONITOR),
     "sgd_soft": Arm("SGD, decay to 1/4", f"{MONITOR} {SOFT}"),
     "sgd_3": Arm("SGD, backbone ×3", MONITOR, 3.0),
+    "sgd_3_soft": Arm("SGD, backbone ×3, decay to 1/4", f"{MONITOR} {SOFT}", 3.0),
     "sgd_6": Arm("SGD, backbone ×6", MONITOR, 6.0),
     "whole": Arm("whole-model AdaScale", f"{GAIN} {ONE_MODULE}", by_gain=True),
     "gain_least": Arm("module-wise AdaScale", GAIN, by_gain=True),
