@@ -11,10 +11,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .modulator import Modulator
-from .modules import assign_modules, uncompiled
+from .modules import uncompiled
 from .moments import CommHook, GradientTap, TensorTap
 from .norms import Modules
-from .param_groups import is_zero, module_of_groups, require_hooks
+from .param_groups import (
+    is_zero,
+    module_of_groups,
+    require_called_hooks,
+    require_hooks,
+    stepped_by,
+    stepped_modules,
+)
 from .precondition import preconditioner
 from .progress import Progress
 from .rules import RULES
@@ -63,9 +70,9 @@ class AGVM:
 
     Raises:
         TypeError: an optimizer without hooks.
-        ValueError: a bad module pattern or anchor, a group of several modules, a bad setting, a
-            model sharded in another way (`shards.check_sharding`), a gain without `batch_size`;
-            `schedule="gain"` with a batch below the base's.
+        ValueError: a bad module pattern or anchor, a group of several modules, an optimizer of
+            another model, a bad setting, a model sharded in another way (`shards.check_sharding`),
+            a gain without `batch_size`; `schedule="gain"` with a batch below the base's.
     """
 
     def __init__(
@@ -86,7 +93,7 @@ class AGVM:
             check_sharding(model, optimizer)
         self.model, self.optimizer = model, optimizer
         self.micro_batches, self.batch_size = micro_batches, batch_size
-        self.modules = assign_modules(model, settings.modules)
+        self.modules = stepped_modules(model, optimizer, settings.modules)
         workers = dist.get_world_size() if dist.is_initialized() else 1
         self.num_units = workers * micro_batches
         names = list(self.modules)
@@ -165,7 +172,8 @@ class AGVM:
         measured fails there, and not at `start_iter`.
 
         Raises:
-            RuntimeError: the loop cannot be measured, or a CUDA graph is being captured.
+            RuntimeError: the loop cannot be measured, a CUDA graph is being captured, or an old
+                torch's torch.compile has taken the optimizer's hooks off.
         """
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -174,6 +182,7 @@ class AGVM:
                 "(torch.cuda.make_graphed_callables), and leave AGVM, backward() and the "
                 "optimizer's step outside of the graph."
             )
+        require_called_hooks(self.optimizer)
         self.attach()
         if self._iteration < 0 and self.settings.by_gain and not self.follows:
             logger.warning(
@@ -338,7 +347,9 @@ class AGVM:
         if moments is not None:
             self.modulator.update(moments)
             self._progress.update(moments)
-            self.measured, self._wanted = True, False
+            self.measured = True
+            # Again where it overflowed, as a GradScaler's first do.
+            self._wanted = not bool(moments.mean_sq.isfinite().all())
             accumulates = not stepping and bool(moments.mean_sq.isfinite().all())
         if (moments is None or accumulates) and not self._warned:
             self._warned = True
@@ -384,9 +395,10 @@ class AGVM:
     def _update_modules(self) -> Modules:
         """Parameters may have been unfrozen since the last measurement."""
         known = {p for params in self.modules.values() for p in params}
-        if all(p in known for p in self.model.parameters() if p.requires_grad):
+        new = {p for p in self.model.parameters() if p.requires_grad} - known
+        if not new or new.isdisjoint(stepped_by(self.optimizer)):
             return self.modules
-        modules = assign_modules(self.model, self.settings.modules)
+        modules = stepped_modules(self.model, self.optimizer, self.settings.modules)
         if not set(modules) <= set(self.modules):
             raise ValueError(
                 f"AGVM was set up for the modules {', '.join(self.modules)}, but now there are "

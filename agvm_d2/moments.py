@@ -188,6 +188,7 @@ class TensorTap(GradientTap):
 
     def _begin_unit(self) -> None:
         self._unit, self._sums = self.norms(), dict[nn.Parameter, torch.Tensor | None]()
+        self._before = dict[nn.Parameter, tuple[int, int]]()
 
     @torch.no_grad()
     def _add(self, param: nn.Parameter, grad: torch.Tensor | None) -> None:
@@ -197,12 +198,16 @@ class TensorTap(GradientTap):
             _at_the_end_of_backward(lambda: _at_the_end_of_backward(self._averaged))
         if grad is None:  # of a loss that was left out
             return
-        if param in self._sums:
+        # Where nothing was added to `.grad` since the last gradient, that was of autograd.grad().
+        held = self.leaf(param).grad
+        mark = (-1, 0) if held is None else (id(held), held._version)
+        if self._before.get(param, mark) != mark:
             before = self._sums[param]
             if before is None:  # not expected: the first unit's is in `.grad`, another's is lost
-                before = None if self._num_units else self.leaf(param).grad
+                before = None if self._num_units else held
             grad = grad + (torch.nan if before is None else before)
             self._several.add(param)
+        self._before[param] = mark
         self._sums[param] = grad.clone() if param in self._several else None
         self.add_unit(param, grad)
 

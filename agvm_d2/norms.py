@@ -16,7 +16,16 @@ Modules = dict[str, list[nn.Parameter]]
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`'s elements in one dimension, in any order; a view where it is contiguous or
-    channels-last, else a copy."""
+    channels-last, else a copy.
+
+    Raises:
+        ValueError: a sparse one.
+    """
+    if tensor.layout != torch.strided:
+        raise ValueError(
+            f"A parameter of shape {tuple(tensor.shape)} has a sparse gradient, as of nn.Embedding("
+            "sparse=True), whose norm AGVM cannot take: build it with sparse=False."
+        )
     if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         tensor = tensor.permute(0, 2, 3, 1)
     return tensor.reshape(-1)

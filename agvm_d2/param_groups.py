@@ -13,6 +13,8 @@ from .shards import shard_like
 # By which optimizers can be told apart, and none that only some versions of torch have.
 HYPERPARAMETERS = ("momentum", "betas", "trust_coefficient", "grad_averaging", "use_muon")
 
+OLD_COMPILE = tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 3)
+
 
 def require_hooks(optimizer: torch.optim.Optimizer) -> None:
     """See that `optimizer` has torch's hooks.
@@ -28,6 +30,23 @@ def require_hooks(optimizer: torch.optim.Optimizer) -> None:
             f"The optimizer {type(optimizer).__name__} has no hooks of its own: a wrapper which "
             "does not call Optimizer.__init__. Give agvm_d2 the one inside it, then wrap that."
         ) from None
+
+
+def require_called_hooks(optimizer: torch.optim.Optimizer) -> None:
+    """See that `step` calls them: in torch 2.1 and 2.2 a first call of torch.compile, of any model,
+    puts the bare `step` back into all of torch's optimizers.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    step = type(optimizer).step
+    code = getattr(step, "__code__", None)
+    if OLD_COMPILE and getattr(step, "hooked", False) and code and code.co_name != "wrapper":
+        raise RuntimeError(
+            f"torch.compile of torch {torch.__version__} has taken the hooks of "
+            f"{type(optimizer).__name__}.step away, by which AGVM and clipping work. Use torch 2.3 "
+            "or newer, or leave torch.compile out."
+        )
 
 
 def is_zero(optimizer: torch.optim.Optimizer) -> bool:
@@ -108,6 +127,33 @@ def _check_zero(optimizer: torch.optim.Optimizer, modules: dict[str, list[nn.Par
             'is built: build it over [{"params": params} for params in '
             "agvm_d2.modules.assign_modules(model).values()]."
         ) from None
+
+
+def stepped_by(optimizer: torch.optim.Optimizer) -> set[nn.Parameter]:
+    """All its parameters."""
+    return {p for group in optimizer.param_groups for p in group["params"]}
+
+
+def stepped_modules(
+    model: nn.Module, optimizer: torch.optim.Optimizer, patterns: ModulePatterns = ()
+) -> dict[str, list[nn.Parameter]]:
+    """`assign_modules` without what is not this optimizer's, which does not clear its gradients:
+    they may be sums over iterations.
+
+    Raises:
+        ValueError: none of the model's parameters are; see also `assign_modules`.
+    """
+    stepped = stepped_by(optimizer)
+    modules = {
+        name: [p for p in params if p in stepped]
+        for name, params in assign_modules(model, patterns).items()
+    }
+    if not any(modules.values()):
+        raise ValueError(
+            "The optimizer has none of the model's trainable parameters. (fully_shard and .to() "
+            "may have replaced them: build the optimizer after them.)"
+        )
+    return {name: params for name, params in modules.items() if params}
 
 
 def module_of_groups(

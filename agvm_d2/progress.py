@@ -59,7 +59,7 @@ class Progress:
         units = moments.num_units
         new = lr_gain(*moments.with_model(), num_units=units, base_units=units * self.base_share)
         self.gains = averaged(self.gains, new, self.momentum)
-        self.silent = moments.unit_sq == 0
+        self.silent = torch.where(moments.unit_sq.isfinite(), moments.unit_sq == 0, self.silent)
 
     def begin(self) -> None:
         """An iteration begins."""
@@ -163,6 +163,8 @@ def check_scheduler(scheduler: Any) -> None:
         found = [at(1.25)]
         at(1.75)
         found += [at(1.25), at(1.25, 2.0)]
+        if scheduler.last_epoch != 1.25 or hasattr(scheduler, "_schedulers"):
+            found = [None]  # it counts elsewhere, or those inside it do, flat at first
     except Exception as error:  # such as a table with a row for each iteration
         found = [error, None]
     finally:
@@ -170,7 +172,7 @@ def check_scheduler(scheduler: Any) -> None:
         vars(scheduler).update(before)
         for group, lr in zip(groups, lrs, strict=True):
             group["lr"] = lr
-    if not groups or any(rates != found[0] for rates in found):
+    if not groups or found == [None] or any(rates != found[0] for rates in found):
         raise ValueError(
             f"AGVM.SCHEDULE gain: the LR scheduler {type(scheduler).__name__} counts iterations "
             "one by one, but progress is no whole number. Use one whose rates follow from "

@@ -574,7 +574,8 @@ def test_what_the_gains_schedule_cannot_do():
     del state["progress"]
     with pytest.raises(ValueError, match="does not say how many iterations of the base batch"):
         by_gain()[3].load_state_dict(state)
-    make(ToyDetector(), sgd(ToyDetector()), batch_size=8).load_state_dict(state)  # of version 0.1
+    model = ToyDetector()
+    make(model, sgd(model), batch_size=8).load_state_dict(state)  # of version 0.1
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,11 @@ def test_block_norms_are_exact_to_1e6_at_40_million():
     assert float(total) == pytest.approx(exact, rel=1e-6)
 
 
+def test_a_sparse_gradient_is_refused():
+    with pytest.raises(ValueError, match=r"shape \(5, 2\) has a sparse gradient.*sparse=False"):
+        block_norms([torch.ones(5, 2).to_sparse()])
+
+
 def parameters(*sizes):
     return [nn.Parameter(torch.zeros(n)) for n in sizes]
 

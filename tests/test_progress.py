@@ -132,6 +132,17 @@ def test_the_rates_are_those_after_so_many_steps():
     assert scheduler.get_last_lr() == [0.5, 1.0]
 
 
+class CountsItself(torch_schedulers.LRScheduler):
+    def __init__(self, optimizer):
+        self.steps = -1
+        super().__init__(optimizer)
+
+    def step(self, epoch=None):
+        self.steps += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * (1.0 if self.steps < 30 else 0.1)
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -145,6 +156,14 @@ def test_the_rates_are_those_after_so_many_steps():
         lambda o: torch_schedulers.SequentialLR(
             o, [torch_schedulers.ConstantLR(o), torch_schedulers.ExponentialLR(o, 0.9)], [3]
         ),
+        # Flat at first.
+        lambda o: torch_schedulers.SequentialLR(
+            o, [torch_schedulers.LambdaLR(o, lambda i: 1.0), torch_schedulers.LinearLR(o)], [30]
+        ),
+        lambda o: torch_schedulers.ChainedScheduler(
+            [torch_schedulers.LambdaLR(o, lambda i: 1.0 if i < 30 else 0.1)]
+        ),
+        lambda o: CountsItself(o),
     ],
 )
 def test_a_scheduler_that_counts_one_by_one_is_refused_and_left_alone(make):

@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from toy import MODULES, ToyDetector, batch, loss, parameter_names
 
-from agvm_d2 import AGVM, Settings, split_param_groups
+from agvm_d2 import AGVM, Settings, param_groups, split_param_groups
 from agvm_d2.modules import assign_modules
 from agvm_d2.moments import TensorTap
 from agvm_d2.precondition import preconditioner
@@ -375,6 +375,88 @@ def test_groups_added_while_training_have_their_modules_factor(at, frozen):
     # Measured at every second: halfway from 3 to the anchor's 1.
     assert seen[at:] == pytest.approx([1e-6 * (3.0 if i % 2 else 2.0) for i in range(at, 8)])
     assert optimizer.param_groups[-1]["lr"] == 1e-6 and len(optimizer.param_groups) == 5
+
+
+@pytest.mark.parametrize("left_out", ["backbone.bottom_up.0.weight", "roi_heads"])
+def test_parameters_of_no_optimizer_are_not_measured(left_out):
+    """Nobody clears their gradients, which grow over iterations."""
+    model = ToyDetector()
+    kept = [p for name, p in model.named_parameters() if not name.startswith(left_out)]
+    agvm, optimizer = make(model, torch.optim.SGD(kept, lr=1e-6), anchor="backbone")
+    for i in range(3):
+        agvm.begin(i)
+        optimizer.zero_grad()
+        backward(agvm, i)
+        optimizer.step()
+        agvm.end()
+        assert agvm.measured
+        gradients = reference.unit_gradients(model, loss, units(i))
+        for module, names in parameter_names(model).items():
+            names = [name for name in names if not name.startswith(left_out)]
+            if names:
+                wanted = reference.moments(reference.flatten(gradients, names))
+                found = agvm.modulator.last.mean_sq[agvm.modulator.names.index(module)]
+                assert found == pytest.approx(wanted[1], rel=1e-3)
+            else:
+                assert module not in agvm.modules
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    optimizer = torch.optim.SGD(ToyDetector().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="has none of the model's trainable parameters"):
+        AGVM(ToyDetector(), optimizer, micro_batches=HALVES)
+
+
+def test_autograd_grad_in_between_is_no_part_of_a_gradient():
+    """As in losses weighted by their gradients' norms, such as GradNorm's."""
+    model = ToyDetector()
+    agvm, optimizer = make(model)
+    for i in range(3):
+        agvm.begin(i)
+        optimizer.zero_grad()
+        for unit in units(i):
+            total = loss(model, unit) / HALVES
+            torch.autograd.grad(7 * total, [*model.roi_heads.parameters()], retain_graph=True)
+            total.backward()
+            agvm.micro_batch_done(1 / HALVES)
+        agvm.backward_done()
+        optimizer.step()
+        agvm.end()
+        assert agvm.modulator.variance.tolist() == pytest.approx(variances(model, i), rel=1e-3)
+
+
+def test_a_gradient_that_overflows_is_measured_again():
+    model = ToyDetector()
+    agvm, optimizer = make(model, interval=10)
+    measured = []
+    for i in range(3):
+        agvm.begin(i)
+        measured.append(agvm.tap.measuring)
+        optimizer.zero_grad()
+        for unit in units(i):
+            ((1.0 if i else torch.inf) * loss(model, unit) / HALVES).backward()
+            agvm.micro_batch_done(1 / HALVES)
+        agvm.backward_done()
+        agvm.end()  # without a step, as a GradScaler leaves it out
+    assert measured == [True, True, False]
+
+
+def test_an_old_torchs_compile_is_refused(monkeypatch):
+    """It took the hooks of every optimizer's step away, and said nothing."""
+    model = ToyDetector()
+
+    class Own(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    agvm, _ = make(model, Own(model.parameters(), lr=0.1))
+    monkeypatch.setattr(param_groups, "OLD_COMPILE", True)
+    agvm.begin(0)
+    bare = Own.step.__wrapped__
+    bare.hooked = True
+    monkeypatch.setattr(Own, "step", bare)
+    with pytest.raises(RuntimeError, match=r"torch.compile of torch .* of Own.step .*torch 2.3"):
+        agvm.begin(1)
 
 
 def test_a_module_unfrozen_while_training_is_refused():

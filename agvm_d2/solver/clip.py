@@ -131,7 +131,8 @@ def _clip_relative(
 ) -> None:
     """All on the device: nothing waits for the norm. In a step that it does not clip, it averages
     all the same."""
-    # Times 1; where the norm overflows, all is 0, and no step is made of it.
+    # Times 1; where the norm overflows, all is 0, and no step is made of it. An inf becomes a NaN,
+    # as in all of torch's clipping.
     norm = clip_grad_norm_(params, LARGEST, norm_type)
     norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).float()
     known = norm.isfinite() & (norm > 0)
@@ -223,15 +224,17 @@ class SkipLimit:
         if not skipped:
             return
         self.skipped += 1
-        iteration = get_event_storage().iter
+        try:
+            when = f"Iteration {get_event_storage().iter}: "
+        except AssertionError:  # a loop of its own
+            when = ""
         logger.warning(
-            f"Iteration {iteration}: a gradient is NaN or inf, the step is skipped "
-            f"({self.skipped} so far)."
+            f"{when}a gradient is NaN or inf, the step is skipped ({self.skipped} so far)."
         )
         row = [*self._last][-MAX_SKIPPED:]
         if sum(self._last) > MAX_SHARE or (len(row) == MAX_SKIPPED and all(row)):
             raise FloatingPointError(
-                f"Iteration {iteration}: {sum(self._last)} of the last {len(self._last)} steps "
+                f"{when}{sum(self._last)} of the last {len(self._last)} steps "
                 "were skipped, since a gradient was NaN or inf: the model has diverged, and "
                 "SOLVER.ON_NONFINITE skip (train.on_nonfinite) does not help. Go on from a "
                 "checkpoint before that, with a lower SOLVER.BASE_LR, a longer warm-up or "

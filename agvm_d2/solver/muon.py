@@ -21,11 +21,11 @@ VERSION = (4, 1)  # of pytorch-optimizer: Muon's groups were made in another way
 
 SGDS_LR = 0.01  # and above: docs/evidence.md
 
-# Predictors, by the last word of their name: Detectron2's, and DETR's.
-LAST = {
-    "anchor_deltas", "bbox_embed", "bbox_pred", "class_embed", "cls_score", "ctrness",
-    "objectness_logits", "predictor", "score_lowres",
-}  # fmt: skip
+# Predictors, by how the last word of their name ends: Detectron2's and its projects', and DETR's.
+LAST = (
+    "anchor_deltas", "bbox_embed", "bbox_pred", "class_embed", "cls_score", "ctrness", "logits",
+    "lowres", "prediction", "predictor",
+)  # fmt: skip
 
 
 def muon_matrices(model: nn.Module) -> set[nn.Parameter]:
@@ -52,7 +52,7 @@ def _predicts(model: nn.Module, name: str) -> bool:
         layers = model.get_submodule(name.rpartition(".")[0])
         if [*layers.children()][-1] is model.get_submodule(name):
             words.pop()
-    return not LAST.isdisjoint(words[-1:])
+    return words[-1:] != [] and words[-1].endswith(LAST)
 
 
 def muon_groups(params: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:

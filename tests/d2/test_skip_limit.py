@@ -55,6 +55,14 @@ def check(ends, folder):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_outside_of_detectron2s_trainers():
+    limit = SkipLimit()
+    with pytest.raises(FloatingPointError, match=f"^{MAX_SKIPPED} of the last {MAX_SKIPPED} st"):
+        for _ in range(MAX_SKIPPED):
+            limit.step(skipped=True)
+    assert limit.skipped == MAX_SKIPPED
+
+
 def test_a_diverged_run_ends(tmp_path):
     check([train(tmp_path, {"SOLVER__MICRO_BATCH_SIZE": 2})], tmp_path)
 

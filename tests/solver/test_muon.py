@@ -51,6 +51,9 @@ class Everything(nn.Module):
         self.tied.weight = self.query_feat.weight
         self.cls_score = nn.Linear(4, 2)
         self.predictor = nn.ModuleDict({"linear1": nn.Linear(4, 4), "class_embed": nn.Linear(4, 2)})
+        self.center_predictor = nn.Conv2d(4, 2, 1)
+        self.mask_fcn_logits = nn.Conv2d(4, 2, 1)
+        self.prediction = nn.Linear(4, 2)
         self.bbox_embed = MLP()
         self.transformer = nn.Module()  # Deformable DETR's and DINO's: one per layer
         self.transformer.class_embed = nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 2)])
