@@ -1,5 +1,6 @@
 from __future__ import annotations
 import atexit
+import contextlib
 import logging
 import os
 import pathlib
@@ -7,6 +8,7 @@ import queue
 import shutil
 import socket
 import tempfile
+import time
 import traceback
 import pytest
 import torch
@@ -65,16 +67,23 @@ class Workers:
             task.put((function, args))
         results = {}
         for _ in self.tasks:
-            try:
-                rank, ok, value = self.results.get(timeout=TIMEOUT)
-            except queue.Empty:
-                self.close()
-                raise TimeoutError(f"no answer from some worker in {TIMEOUT} s") from None
+            rank, ok, value = self._next_result()
             if not ok:
                 self.close()
                 pytest.fail(f"worker {rank}:\n{value}")
             results[rank] = value
         return [results[rank] for rank in sorted(results)]
+
+    def _next_result(self) -> tuple:
+        end = time.monotonic() + TIMEOUT
+        while True:
+            alive = all(process.is_alive() for process in self.processes)
+            with contextlib.suppress(queue.Empty):
+                return self.results.get(timeout=5)
+            if not alive or time.monotonic() > end:
+                self.close()
+                codes = [process.exitcode for process in self.processes]
+                raise RuntimeError(f"a worker died or gave no answer: exit codes {codes}")
 
     def close(self) -> None:
         for process in self.processes:

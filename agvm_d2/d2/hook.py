@@ -184,6 +184,14 @@ class AGVMHook(HookBase):
         trainer, batch_size = getattr(self, "trainer", None), self.agvm.batch_size
         loader = getattr(getattr(trainer, "_trainer", trainer), "data_loader", None)
         images = getattr(loader, "batch_size", None)  # of Detectron2's and torch's, one worker's
+        by_gain = self.agvm.settings.rule == "gain" and self.agvm.settings.mode == "modulate"
+        if batch_size and by_gain and loader is not None and not is_int(images):
+            logger.warning(
+                f"AGVM.RULE gain: the training loader, {type(loader).__name__}, does not say how "
+                f"many images it gives. Learning rates are raised as if it were {batch_size} per "
+                "iteration, SOLVER.IMS_PER_BATCH (AGVMHook(batch_size=)): see that it is so, also "
+                "where the project has keys of its own for its batch."
+            )
         if batch_size and is_int(images) and images * comm.get_world_size() != batch_size:
             logger.warning(
                 f"AGVM: the training loader gives {images} images to each of "

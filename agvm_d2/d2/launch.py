@@ -8,16 +8,18 @@ import re
 import signal
 import socket
 import sys
-import threading
+import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait
+from typing import Any
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 from torch import multiprocessing as mp
 
 from ..validate import require
+from .handover import raise_open_files
 from .preemption import EXIT_CODE, Preempted, SignalCatcher, end_by, leave_with_the_launcher
 from .rendezvous import Pulse, Worker, meet, restarts, training_timeout
 
@@ -59,7 +61,7 @@ def worker_from_environment(args: Namespace, env: Mapping[str, str] = os.environ
             )
         return None
     url = f"tcp://{env.get('MASTER_ADDR') or first_host(env['SLURM_STEP_NODELIST'])}:" + (
-        env.get("MASTER_PORT") or str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000)
+        env.get("MASTER_PORT") or str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 12000)
     )
     machines = int(env["SLURM_STEP_NUM_NODES"])
     if args.num_gpus > 1 and tasks == machines:
@@ -160,6 +162,7 @@ def _call(main: Callable, args: Namespace) -> None:
 
 def _work(main: Callable, args: Namespace, worker: Worker) -> None:
     """Join the other workers and call `main`, as Detectron2's launch() does."""
+    raise_open_files()  # rank 0 has some for each worker
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(worker.local_rank)
@@ -180,7 +183,8 @@ def _work(main: Callable, args: Namespace, worker: Worker) -> None:
         _call(main, args)
     finally:
         pulse.stop()
-        dist.destroy_process_group()
+    # Not after a failure: NCCL may wait there for workers that wait for this one's end.
+    dist.destroy_process_group()
 
 
 def _spawned(local_rank: int, main: Callable, args: Namespace, url: str) -> None:
@@ -205,16 +209,35 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _kill(pids: list[int]) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
 def _tell(line: str) -> None:
     with contextlib.suppress(OSError):  # the terminal may have gone: SIGHUP
         print(line, file=sys.stderr)
         sys.stdout.flush()
+
+
+def _first_to_fail(processes: list[Any]) -> Any:
+    """The first that ends with an exit code other than 0; None: all have ended well."""
+    running = list(processes)
+    while running:
+        wait([process.sentinel for process in running])
+        ended = [process for process in running if not process.is_alive()]
+        running = [process for process in running if process not in ended]
+        for process in ended:
+            if process.exitcode:
+                return process
+    return None
+
+
+def _end(processes: list[Any], patience: float) -> None:
+    """By SIGTERM, and those that do not hear it or are not done in `patience` seconds by force."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + patience
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 def _spawn(main: Callable, args: Namespace) -> None:
@@ -230,23 +253,15 @@ def _spawn(main: Callable, args: Namespace) -> None:
 
     signals = SignalCatcher(pass_on, on_end=lambda: pass_on(signal.SIGKILL))
     signals.install()
-    timer = None
     try:
         context = mp.start_processes(_spawned, (main, args, url), nprocs=args.num_gpus, join=False)
         if signals.signum:  # it came before all of them were there
             pass_on(signals.signum)
-        running = list(context.processes)
-        while running:
-            wait([process.sentinel for process in running])
-            ended = [process for process in running if not process.is_alive()]
-            running = [process for process in running if process not in ended]
-            codes = [process.exitcode for process in ended if process.exitcode]
-            if codes:
-                # context.join() ends the others by SIGTERM, which one that hangs does not hear.
-                pids = [process.pid for process in running]
-                timer = threading.Timer(LAST_WORDS.get(codes[0], 5.0), _kill, [pids])
-                timer.start()
-                break
+        failed = _first_to_fail(context.processes)
+        if failed is not None:
+            _end(context.processes, LAST_WORDS.get(failed.exitcode or 0, 5.0))
+            # So that context.join() speaks of it, and not of those that were ended.
+            context.sentinels = {failed.sentinel: context.processes.index(failed)}
         while not context.join():
             pass
     except mp.ProcessRaisedException as error:
@@ -264,6 +279,4 @@ def _spawn(main: Callable, args: Namespace) -> None:
         _tell(line)
         end_by(signals.signum)
     finally:
-        if timer is not None:
-            timer.cancel()
         signals.restore()

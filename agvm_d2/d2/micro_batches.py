@@ -118,11 +118,13 @@ class MicroBatchTrainer(SimpleTrainer):
         self.skip_nonfinite = skip_nonfinite
         if skip_nonfinite:
             skip_nonfinite_steps(optimizer, unwrap(model))
+        self.ran = False  # a step
         self._names = ["total_loss"]  # of the losses
         self._sharded = is_sharded(model)
 
     def run_step(self) -> None:
         assert self.model.training, "[MicroBatchTrainer] model was changed to eval mode!"
+        self.ran = True
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start

@@ -81,9 +81,10 @@ class FolderLock:
         os.ftruncate(lock._descriptor, 0)
         os.write(lock._descriptor, json.dumps(owner).encode())
         cls._held[path] = lock
-        for part in glob.glob(os.path.join(glob.escape(folder), "*.part")):  # of a killed run
-            with contextlib.suppress(OSError):
-                os.remove(part)
+        for name in ("*.pth.*.part", "last_checkpoint.*.part"):  # of a killed run
+            for part in glob.glob(os.path.join(glob.escape(folder), name)):
+                with contextlib.suppress(OSError):
+                    os.remove(part)
         return lock
 
 

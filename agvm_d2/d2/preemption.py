@@ -64,6 +64,11 @@ class SignalCatcher:
         self._first: dict[int, float] = {}
         self._before: dict[int, Any] = {}
 
+    def forget(self) -> None:
+        """What has come, before training begins anew."""
+        self.signum = 0
+        self._first.clear()
+
     def install(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows it nowhere else
@@ -128,6 +133,7 @@ def end_by(signum: int) -> None:
     """End this process as the signal does by default."""
     signal.signal(signum, signal.SIG_DFL)
     os.kill(os.getpid(), signum)
+    os._exit(128 + signum)  # a container's first process hears no signal of its own
 
 
 def launcher_pid() -> int | None:
@@ -141,10 +147,11 @@ def launcher_pid() -> int | None:
 @functools.lru_cache(maxsize=1)
 def leave_with_the_launcher() -> None:
     """If it is killed, train no longer than to a checkpoint."""
-    launcher = launcher_pid()
+    launcher, spawner = launcher_pid(), multiprocessing.parent_process()
 
     def wait() -> None:
-        while os.getppid() == launcher:
+        # A fork server is the parent of those that it starts for another process.
+        while spawner.is_alive() if spawner is not None else os.getppid() == launcher:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(ORPHAN)
@@ -182,14 +189,15 @@ class PreemptionHook(HookBase):
         if comm.get_world_size() > 1:
             _cpu_group(dist.group.WORLD)  # all workers must come: not at the first signal
             leave_with_the_launcher()  # also Detectron2's
-        self._signals.signum = 0
+        self._signals.forget()
         self._signals.install()
 
     def after_train(self) -> None:
         self._over = True  # but for an evaluation in a later hook
-        self._restore()
+        self.restore_signals()
 
-    def _restore(self) -> None:
+    def restore_signals(self) -> None:
+        """What was done on them before training."""
         # The launcher sends SIGTERM to the others when the first worker ends.
         self._signals.restore(ignore=self._leaving and comm.get_world_size() > 1)
 
@@ -265,7 +273,7 @@ class PreemptionHook(HookBase):
                 return evaluate_until_signal()
             finally:
                 if self._over:
-                    self._restore()
+                    self.restore_signals()
 
         def evaluate_until_signal() -> Any:
             self._agreed = self._agreed or self._answer()
@@ -319,8 +327,11 @@ def leave_signals_to_the_trainer(worker_id: int) -> None:
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
+    trainer = multiprocessing.parent_process()
+    pid = trainer.pid if trainer is not None else os.getppid()
+
     def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != pid:
             pass
         os._exit(0)
 

@@ -75,7 +75,8 @@ def meet(worker: Worker) -> dist.Store:
         raise ConnectionError(
             f"Two workers have rank {worker.rank}, the second of them on '{socket.gethostname()}': "
             "each machine needs its own --machine-rank (torchrun: --node-rank). If torchrun has "
-            "restarted several machines, start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1."
+            "restarted several machines, start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1. A "
+            "file:// address must be of a file that no earlier run has left: remove it."
         )
     try:
         # Rank 0 takes the store with it, so it stays until the others have looked.

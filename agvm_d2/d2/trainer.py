@@ -1,10 +1,9 @@
 """AGVM in Detectron2's DefaultTrainer."""
 
 from __future__ import annotations
-import contextlib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -18,6 +17,7 @@ from detectron2.evaluation import (
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
+    verify_results,
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
@@ -25,13 +25,14 @@ from detectron2.utils import comm
 from ..progress import fit_scheduler
 from ..shards import is_sharded
 from ..solver import build_lr_scheduler, prepare_optimizer, unsplit_optimizer
+from ..solver.build import clip_by_config
 from .agreement import AgreementHook, check_agreement, code, flat
 from .checkpoint import AtomicCheckpointer
 from .checks import check_config, check_tta
 from .gain_schedule import TrainingDone, ends_when_done
 from .hook import AGVMHook
 from .loader import ResumableLoader, check_resumable, patched, resumable_by
-from .micro_batches import micro_batches
+from .micro_batches import MicroBatchTrainer, micro_batches
 from .needs import check_data, complete, evaluator_type, of_yacs
 from .preemption import PreemptionHook
 from .resume import ConfigRecord, check_not_done
@@ -91,14 +92,24 @@ class AGVMTrainerMixin(_Trainer):
     _trainer: SimpleTrainer
     checkpointer: DetectionCheckpointer
     _record: ConfigRecord | None = None
+    _agvm_hook: AGVMHook | None = None
+    _preemption: PreemptionHook | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """
         Raises:
-            TypeError: DefaultTrainer comes first, whose methods would hide these.
+            TypeError: DefaultTrainer comes first, whose methods would hide these; or it is not
+                Detectron2's.
         """
         super().__init_subclass__(**kwargs)
         order = cls.__mro__
+        copies = [c for c in order if c.__name__ == "DefaultTrainer" and c is not DefaultTrainer]
+        if copies and DefaultTrainer not in order:
+            raise TypeError(
+                f"class {cls.__name__}: {copies[0].__module__}.DefaultTrainer is a copy of "
+                "Detectron2's, and AGVMTrainerMixin needs Detectron2's own. Give the copy an "
+                "AGVMHook instead, as a loop of its own: docs/extending.md."
+            )
         if DefaultTrainer in order[: order.index(AGVMTrainerMixin)]:
             raise TypeError(
                 f"class {cls.__name__}: AGVMTrainerMixin must come before "
@@ -134,10 +145,12 @@ class AGVMTrainerMixin(_Trainer):
             made,
             "DATALOADER.ON_BAD_IMAGE",
             cfg.DATALOADER.ON_BAD_IMAGE,
-            "In build_train_loader, return agvm_d2.build_train_loader(cfg, mapper=...)",
+            "Where it gives lists of dicts, return "
+            "agvm_d2.build_train_loader(cfg, mapper=...) in build_train_loader",
         )
         if micro_batches(cfg, comm.get_world_size()) > 1:
-            self._refuse_own_run_step()
+            if type(self).run_step is not DefaultTrainer.run_step:
+                self._refuse_own_step(type(self).run_step)
         self._trainer = run_options(self.cfg).prepare_trainer(self._trainer)
 
     @staticmethod
@@ -178,8 +191,16 @@ class AGVMTrainerMixin(_Trainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+        theirs, clip = cfg, cfg.SOLVER.CLIP_GRADIENTS
+        relative = clip.ENABLED and clip.CLIP_TYPE == "relative"
+        if relative:  # which Detectron2's clipping, and the project's own, do not know
+            theirs = cfg.clone()
+            theirs.defrost()
+            theirs.SOLVER.CLIP_GRADIENTS.ENABLED = False
         with patched(defaults, "build_optimizer", unsplit_optimizer):
-            optimizer = super().build_optimizer(cfg, model)
+            optimizer = super().build_optimizer(theirs, model)
+        if relative:
+            clip_by_config(cfg, optimizer, model)
         return prepare_optimizer(cfg, optimizer, model)
 
     @classmethod
@@ -209,14 +230,12 @@ class AGVMTrainerMixin(_Trainer):
     ) -> DatasetEvaluator:
         return complete(super().build_evaluator(cfg, dataset_name, *args, **kwargs))
 
-    def _refuse_own_run_step(self) -> None:
-        run_step = type(self).run_step
-        if run_step is not DefaultTrainer.run_step:
-            raise ValueError(
-                f"SOLVER.MICRO_BATCH_SIZE: this project's {run_step.__qualname__} makes each step "
-                "itself and does not know the key. Set it to 0 and train with several workers, or "
-                "use agvm_d2.trainer.MicroBatchTrainer in the project."
-            )
+    def _refuse_own_step(self, method: Callable) -> None:
+        raise ValueError(
+            f"SOLVER.MICRO_BATCH_SIZE: this project's {method.__qualname__} makes each step "
+            "itself and does not know the key. Set it to 0 and train with several workers, or "
+            "use agvm_d2.trainer.MicroBatchTrainer in the project."
+        )
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Detectron2's, where all workers would go on from the same checkpoint.
@@ -227,6 +246,13 @@ class AGVMTrainerMixin(_Trainer):
         last = self.checkpointer.get_checkpoint_file() if resume else ""
         check_agreement({"--resume": resume, "the checkpoint": os.path.basename(last)})
         super().resume_or_load(resume)
+        groups, hook = self.optimizer.param_groups, self._agvm_hook
+        check_agreement(  # a project's checkpointer may load the optimizer on one worker only
+            {
+                "learning rates after loading": [float(group["lr"]) for group in groups],
+                "AGVM's factors after loading": hook and hook.modulator.factors.tolist(),
+            }
+        )
         check_not_done(self.start_iter, self.max_iter, "SOLVER.MAX_ITER")
 
     def build_hooks(self) -> list[HookBase | None]:
@@ -249,7 +275,7 @@ class AGVMTrainerMixin(_Trainer):
         if enabled:
             # By type, not by index: rank 0 has more hooks than the other workers.
             place = [i for i, h in enumerate(built) if isinstance(h, hooks.LRScheduler)]
-            hook = AGVMHook(self.cfg, self.model, self.optimizer)
+            hook = self._agvm_hook = AGVMHook(self.cfg, self.model, self.optimizer)
             built.insert(place[0] + 1 if place else 0, hook)
             # A project's own checkpointer may hold the optimizer, not the trainer with its hooks.
             saved = self.checkpointer.checkpointables
@@ -258,20 +284,41 @@ class AGVMTrainerMixin(_Trainer):
                 self.checkpointer.add_checkpointable("iteration_seeder", seeder)
                 # Loaded in this order, and the record comes before the optimizer.
                 self.checkpointer.checkpointables = {"config_record": record, **saved}
-        preemption = PreemptionHook(self.checkpointer)
+        preemption = self._preemption = PreemptionHook(self.checkpointer)
         for built_hook in built:
             if isinstance(built_hook, hooks.EvalHook) and hasattr(built_hook, "_func"):
                 built_hook._func = preemption.abortable(built_hook._func)
         return [preemption, AgreementHook(self.model), *built]
 
     def train(self) -> Any:
+        self._after_train_ran = False
         try:
-            with contextlib.suppress(TrainingDone), ends_when_done():
+            with ends_when_done():
                 return super().train()
-            return None  # a loop of the project's own, which the exception has ended
+        except TrainingDone:  # of a loop of the project's own
+            if not self._after_train_ran:
+                with self.storage:
+                    self.after_train()
+            results = getattr(self, "_last_eval_results", None)
+            if len(self.cfg.TEST.EXPECTED_RESULTS) and comm.is_main_process():
+                verify_results(self.cfg, results)
+            return results
         finally:
             if self._record:
                 self._record.release()
+            if self._preemption:  # after_train may not have come
+                self._preemption.restore_signals()
+
+    def after_train(self) -> None:
+        self._after_train_ran = True
+        super().after_train()
+
+    def after_step(self) -> None:
+        super().after_step()
+        inner = self._trainer
+        if isinstance(inner, MicroBatchTrainer) and not inner.ran:
+            if micro_batches(self.cfg, comm.get_world_size()) > 1:
+                self._refuse_own_step(super().train)
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)

@@ -73,14 +73,19 @@ def unsplit_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         optimizer = build_muon(muon_groups(params, model), momentum=solver.MOMENTUM, **options)
     else:
         optimizer = _pytorch_optimizer(solver.OPTIMIZER)(params, **options)
-    clip = solver.CLIP_GRADIENTS
-    if solver.ON_NONFINITE == "skip":  # first: clipping by value makes an inf finite
+    clip_by_config(cfg, optimizer, model)
+    return optimizer
+
+
+def clip_by_config(cfg: CfgNode, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """SOLVER.CLIP_GRADIENTS, behind SOLVER.ON_NONFINITE: clipping makes an inf finite."""
+    if cfg.SOLVER.ON_NONFINITE == "skip":
         skip_nonfinite_steps(optimizer, model)
+    clip = cfg.SOLVER.CLIP_GRADIENTS
     if clip.ENABLED:
         options = {name: clip[name.upper()] for name in CLIP}
         check_clip(options, clip_key)
         clip_gradients(optimizer, **options)
-    return optimizer
 
 
 def prepare_optimizer(

@@ -3,12 +3,15 @@ what differs and who has what, before the first iteration."""
 
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyCall as L
+from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 from omegaconf import OmegaConf
 from torch import nn
 from toy import ToyTrainer, toy_config
 
+from agvm_d2 import AGVMTrainerMixin
 from agvm_d2.d2.agreement import _ranks, check_agreement, code, flat, weights
 
 # key -> what the last of three workers has in its place.
@@ -74,6 +77,44 @@ def test_resume_on_one_machine_only(workers, tmp_path):
     messages = workers(3).run(resume_on_one, tmp_path)
     assert len(set(messages)) == 1
     assert "--resume: False on ranks 0, 2; True on rank 1" in messages[0]
+
+
+class LoadsOnRankZero(DefaultTrainer):
+    """As AdelaiDet's, whose checkpointer of the optimizer is the main worker's alone."""
+
+    build_model = ToyTrainer.__dict__["build_model"]
+    build_train_loader = ToyTrainer.__dict__["build_train_loader"]
+
+    def build_hooks(self):
+        if comm.is_main_process():
+            parts = {"optimizer": self.optimizer, "scheduler": self.scheduler}
+            self.checkpointer = DetectionCheckpointer(self.model, self.cfg.OUTPUT_DIR, **parts)
+        else:
+            self.checkpointer = DetectionCheckpointer(self.model, self.cfg.OUTPUT_DIR)
+        return super().build_hooks()
+
+    def resume_or_load(self, resume=True):
+        data = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        self.start_iter = data.get("iteration", -1) + 1
+
+
+def load_on_rank_zero(folder, resume) -> str:
+    cfg = toy_config(folder, SOLVER__WARMUP_ITERS=8, SOLVER__MAX_ITER=4 + 4 * resume)
+
+    class Mixed(AGVMTrainerMixin, LoadsOnRankZero):
+        pass
+
+    trainer = Mixed(cfg)
+    found = fails(trainer.resume_or_load, resume)
+    if not resume:
+        trainer.train()
+    return found
+
+
+def test_an_optimizer_that_only_one_worker_loads(workers, tmp_path):
+    assert workers(2).run(load_on_rank_zero, tmp_path, False) == [""] * 2
+    messages = workers(2).run(load_on_rank_zero, tmp_path, True)
+    assert len(set(messages)) == 1 and "learning rates after loading: " in messages[0]
 
 
 def start_with_others(folder, what) -> str:

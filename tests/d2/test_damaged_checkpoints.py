@@ -236,7 +236,7 @@ def test_two_processes_that_write_the_same_name_tear_nothing(tmp_path):
         if (tmp_path / "model_0000001.pth").exists():
             assert torch.load(tmp_path / "model_0000001.pth", weights_only=True)["iteration"] == 1
             reads += 1
-    assert [writer.returncode for writer in writers] == [0, 0] and reads > 2
+    assert [writer.returncode for writer in writers] == [0, 0] and reads > 0
     assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000001.pth"]
 
 

@@ -520,14 +520,41 @@ class OwnLoop(DefaultTrainer):
                 self.after_train()
 
 
-class MixedOwnLoop(AGVMTrainerMixin, OwnLoop):
-    pass
+class OwnLoopAndEnd(OwnLoop):
+    """As AdelaiDet's: what comes after training does not come after an exception."""
+
+    def train(self):
+        self.iter = self.start_iter
+        with EventStorage(0) as self.storage:
+            self.before_train()
+            for i in range(self.start_iter, self.max_iter):
+                self.iter = i
+                self.before_step()
+                self.run_step()
+                self.after_step()
+            self.after_train()
+        return self._last_eval_results
 
 
-def test_a_loop_of_the_projects_own(tmp_path):
+@pytest.mark.parametrize("loop", [OwnLoop, OwnLoopAndEnd])
+def test_a_loop_of_the_projects_own(loop, tmp_path, d2_log):
     end = run(tmp_path / "a")[0].iter
-    assert run(tmp_path / "b", cls=MixedOwnLoop)[0].iter == end
-    assert (tmp_path / "b" / "model_final.pth").exists()
+    tested, results = [], []
+
+    class Mixed(AGVMTrainerMixin, loop):
+        @classmethod
+        def test(cls, cfg, model, evaluators=None):
+            tested.append(True)
+            return {"bbox": {"AP": 7.0}}
+
+        def train(self):
+            results.append(super().train())
+
+    d2_log.clear()
+    trainer = run(tmp_path / "b", cls=Mixed)[0]
+    assert trainer.iter == end and (tmp_path / "b" / "model_final.pth").exists()
+    assert d2_log.text.count(f"AGVM: training ends after {end} iterations") == 1
+    assert results == [{"bbox": {"AP": 7.0}}] and len(tested) == 1
 
 
 # What cannot be

@@ -300,6 +300,16 @@ def test_a_loader_with_another_batch_is_named(d2_log, images, said):
     assert ("the training loader gives 3 images to each of 1 workers" in d2_log.text) == said
 
 
+@pytest.mark.parametrize("options, said", [({"rule": "gain"}, True), ({}, False)])
+def test_a_loader_that_does_not_say_its_batch(options, said, d2_log):
+    """Such as one with a key of its own for it, where IMS_PER_BATCH alone has grown."""
+    model = ToyDetector()
+    hook = AGVMHook(model, sgd(model), micro_batches=2, batch_size=32, **options)
+    hook.trainer = SimpleNamespace(data_loader=iter([]), max_iter=9)
+    hook.before_train()
+    assert ("list_iterator, does not say how many images it gives" in d2_log.text) == said
+
+
 def test_a_loop_without_a_trainer_follows_progress_itself():
     model = ToyDetector()
     options = {"rule": "gain", "schedule": "gain", "base_batch_size": 4, "batch_size": 8}

@@ -59,8 +59,9 @@ def other(tmp_path):
 def test_another_run_is_named_and_a_killed_one_locks_nobody_out(other, tmp_path, monkeypatch):
     monkeypatch.setattr(output_dir, "GRACE", 0.3)
     (tmp_path / "model_0.pth.host-1.part").write_text("of a killed run")
+    (tmp_path / "images.zip.part").write_text("the user's own")
     process = other()
-    assert not list(tmp_path.glob("*.part"))
+    assert [path.name for path in tmp_path.glob("*.part")] == ["images.zip.part"]
     with pytest.raises(FileExistsError, match=f"OUTPUT_DIR: .*: process {process.pid} on .*since"):
         FolderLock.take(str(tmp_path))
     with pytest.raises(FileExistsError, match=f"process {process.pid}"):

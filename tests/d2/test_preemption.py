@@ -4,6 +4,8 @@ bit for bit. The launchers are in tests/integration/test_preempted_runs.py."""
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 import pytest
 import torch
@@ -291,7 +293,6 @@ def test_workers_leave_alike(phase, done, ranks, workers, tmp_path):
 
 def test_the_same_signal_again_ends_at_once(monkeypatch):
     ended, seen, last_words = [], [], []
-    monkeypatch.setattr(preemption, "AGAIN", 0.2)
     monkeypatch.setattr(preemption, "end_by", ended.append)
     catcher = SignalCatcher(seen.append, lambda: last_words.append("stop"))
     catcher.install()
@@ -301,13 +302,32 @@ def test_the_same_signal_again_ends_at_once(monkeypatch):
         send(signal.SIGUSR1)
         assert not ended and catcher.signum == signal.SIGTERM
         assert seen == [signal.SIGTERM] * 3 + [signal.SIGUSR1]
-        time.sleep(0.3)
+        catcher._first[signal.SIGTERM] -= preemption.AGAIN
         send(signal.SIGHUP)
         assert not ended
         send(signal.SIGTERM)
         assert ended == [signal.SIGTERM] and last_words == ["stop"]
+        catcher.forget()  # training begins anew
+        assert catcher.signum == 0
+        send(signal.SIGTERM)
+        assert ended == [signal.SIGTERM] and catcher.signum == signal.SIGTERM
     finally:
         catcher.restore()
+
+
+DEAF = """
+import signal
+from agvm_d2.d2.preemption import end_by
+
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+end_by(signal.SIGTERM)
+"""
+
+
+def test_a_process_that_its_own_signal_does_not_end():
+    """As a container's first process, on which the kernel lets no default action fall."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", DEAF], check=False)
+    assert done.returncode == 128 + signal.SIGTERM
 
 
 def test_what_others_do_with_a_signal_stays():

@@ -90,7 +90,8 @@ def test_a_port_in_use():
 
 def test_one_rank_twice():
     found = all_meet([0, 1, 1], 2, f"tcp://127.0.0.1:{free_port()}")
-    assert "Two workers have rank 1" in str(found[2]) and "--machine-rank" in str(found[2])
+    told = [str(one) for one in found if isinstance(one, Exception)]
+    assert len(told) == 1 and "Two workers have rank 1" in told[0] and "--machine-rank" in told[0]
 
 
 def test_a_restart_by_torchrun_does_not_meet_dead_workers(monkeypatch):
@@ -171,15 +172,15 @@ def test_ranks_of_machines_that_the_flags_repeat():
 
 @pytest.mark.parametrize("silent", [0, 2])
 def test_a_worker_that_falls_silent_is_named(silent, monkeypatch, d2_log, capfd):
-    """In two of the five seconds that the others would wait for it."""
+    """In three of the twelve seconds that the others would wait for it."""
     url = f"tcp://127.0.0.1:{free_port()}"
     stores = all_meet([0, 1, 2], 3, url)
-    monkeypatch.setenv("AGVM_DIST_TIMEOUT", "5")
+    monkeypatch.setenv("AGVM_DIST_TIMEOUT", "12")
     pulses = [Pulse(Worker(rank, rank, 3, 3, url)) for rank in range(3)]
-    time.sleep(2)
+    time.sleep(4)
     assert "Nothing has been heard" not in d2_log.text
     pulses[silent].stop()
-    time.sleep(3)
+    time.sleep(6)
     assert f"Nothing has been heard of rank {silent} for " in d2_log.text
     assert d2_log.text.count("Nothing has been heard") == 1
     assert ("rank 1: Nothing has been heard of rank 0" in capfd.readouterr().err) == (silent == 0)
@@ -196,7 +197,7 @@ def test_no_thread_outlives_a_pulse():
     for _ in range(20):
         pulse = Pulse(Worker(0, 0, 2, 2, url))  # rank 1 never beats
         pulse.stop()
-        assert threading.active_count() == before
+        assert threading.active_count() <= before
     del stores
 
 
@@ -210,13 +211,48 @@ launch(lambda args: print("resume:", args.resume), args, worker_from_environment
 """
 
 
-@pytest.mark.parametrize("count, resume", [("0", False), ("1", True)])
-def test_a_restart_by_torchrun_resumes(count, resume):
+def alone(script, **env):
+    """What it prints and how it ends, in a worker that torchrun has started alone."""
     env = {
         "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-        "TORCHELASTIC_RESTART_COUNT": count, "AGVM_DIST_TIMEOUT": "60",
+        "AGVM_DIST_TIMEOUT": "60", **env,
     }  # fmt: skip
-    command = [sys.executable, "-W", "ignore", "-c", RESTARTED]
-    out = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("count, resume", [("0", False), ("1", True)])
+def test_a_restart_by_torchrun_resumes(count, resume):
+    out = alone(RESTARTED, TORCHELASTIC_RESTART_COUNT=count)
     assert f"resume: {resume}" in out.stdout, out.stderr
+
+
+LEAVING = """
+import resource
+from argparse import Namespace
+import torch.distributed as dist
+from agvm_d2.d2.launch import launch, worker_from_environment
+
+def main(args):
+    print("open files:", resource.getrlimit(resource.RLIMIT_NOFILE))
+    if FAILS:
+        raise KeyError("its own")
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (200, 500))
+args = Namespace(num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto", resume=False)
+try:
+    launch(main, args, worker_from_environment(args))
+except KeyError:
+    pass
+print("still a group:", dist.is_initialized())
+"""
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_worker_that_fails_waits_for_nobody(fails):
+    """The process group is destroyed by all workers together, or not at all. And rank 0, who has
+    files open for each worker, may have as many as the system allows."""
+    out = alone(LEAVING.replace("FAILS", str(fails)))
+    assert f"still a group: {fails}" in out.stdout, out.stderr
+    assert "open files: (500, 500)" in out.stdout

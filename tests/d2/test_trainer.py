@@ -6,8 +6,9 @@ import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import build
-from detectron2.engine import DefaultTrainer, hooks
+from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.solver import build_optimizer as d2_build_optimizer
+from detectron2.utils.events import EventStorage
 from torch import nn
 from toy import MODULES
 from toy_d2 import ToyLoader, ToyTrainer, agvm_hook, toy_config, train, weights
@@ -284,10 +285,26 @@ def test_a_projects_detectron2_clipping_is_kept(tmp_path):
     class Trainer(AGVMTrainerMixin, Theirs):
         pass
 
-    cfg = toy_config(tmp_path, SOLVER__CLIP_GRADIENTS__ENABLED=True, **MICRO)
+    cfg = toy_config(tmp_path / "a", SOLVER__CLIP_GRADIENTS__ENABLED=True, **MICRO)
     trainer = train(cfg, Trainer)
     assert type(trainer.optimizer).__name__ == "SGDWithGradientClip"
     assert (agvm_hook(trainer).modulator.factors[1:] != 1).all()
+    # Which Detectron2's does not know.
+    cfg = toy_config(tmp_path / "b", SOLVER__CLIP_GRADIENTS__ENABLED=True, **MICRO)
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "relative"
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 4.0
+    trainer = train(cfg, Trainer)
+    assert type(trainer.optimizer) is torch.optim.SGD
+    assert trainer.optimizer.param_groups[0]["average_norm_2"][1] == trainer.iter
+
+
+def test_a_copy_of_detectron2s_trainer_is_refused():
+    """As few-shot-object-detection's."""
+    copy = type("DefaultTrainer", (TrainerBase,), {})
+    with pytest.raises(TypeError, match=r"class Mixed: .*DefaultTrainer is a copy of Detectron2.s"):
+
+        class Mixed(AGVMTrainerMixin, copy):
+            pass
 
 
 # Built
@@ -419,6 +436,36 @@ def test_a_run_step_that_does_not_know_micro_batches_is_refused(tmp_path, enable
     with pytest.raises(ValueError, match=r"MICRO_BATCH_SIZE: .*OwnRunStep.run_step"):
         OwnRunStep(toy_config(tmp_path, AGVM__ENABLED=enabled, **MICRO))
     train(toy_config(tmp_path, AGVM__ENABLED=enabled), OwnRunStep)
+
+
+class OwnTrain(DefaultTrainer):
+    """As Unbiased Teacher's, whose step has another name."""
+
+    build_model = ToyTrainer.__dict__["build_model"]
+    build_train_loader = ToyTrainer.__dict__["build_train_loader"]
+    their_step = OwnRunStep.run_step
+
+    def train(self):
+        with EventStorage(0) as self.storage:
+            self.before_train()
+            for i in range(self.max_iter):
+                self.iter = i
+                self.before_step()
+                self.their_step()
+                self.after_step()
+            self.after_train()
+
+
+class MixedOwnTrain(AGVMTrainerMixin, OwnTrain):
+    pass
+
+
+def test_a_loop_that_does_not_know_micro_batches_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"MICRO_BATCH_SIZE: .* OwnTrain.train makes"):
+        train(toy_config(tmp_path / "a", AGVM__ENABLED=False, **MICRO), MixedOwnTrain)
+    train(
+        toy_config(tmp_path / "b", AGVM__ENABLED=False, SOLVER__ON_NONFINITE="skip"), MixedOwnTrain
+    )
 
 
 class OwnCheckpoints(ToyTrainer):

@@ -1,14 +1,18 @@
 """Workers of several machines, of torchrun and of Slurm: the bits of one machine's."""
 
+import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from argparse import Namespace
 import pytest
 import torch
 from helpers import DIGITS, finish, start
 
 from agvm_d2.d2.launch import launch
+from agvm_d2.d2.preemption import EXIT_CODE
 
 SHORT = (
     "SOLVER.IMS_PER_BATCH 8 SOLVER.MICRO_BATCH_SIZE 0 SOLVER.MAX_ITER 3 SOLVER.WARMUP_ITERS 1 "
@@ -66,6 +70,37 @@ def test_threads_of_workers(given, tmp_path, monkeypatch):
     one = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
     alone = int(subprocess.run(one, capture_output=True, check=True).stdout)
     assert threads_of_workers(tmp_path) == 2 * [alone if given else max(1, alone // 2)]
+
+
+def leave_one_by_one(args):
+    """Rank 1 has heard a signal, and rank 0 needs longer than torch would wait."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if torch.distributed.get_rank():
+        os._exit(EXIT_CODE)
+    time.sleep(args.seconds)
+    (args.folder / "saved").touch()
+    os._exit(EXIT_CODE)
+
+
+@pytest.mark.slow
+def test_the_main_worker_has_time_to_save(tmp_path):
+    args = {"num_gpus": 2, "num_machines": 1, "machine_rank": 0, "dist_url": "auto"}
+    with pytest.raises(SystemExit) as ended:
+        launch(leave_one_by_one, Namespace(folder=tmp_path, seconds=40, **args), None)
+    assert ended.value.code == EXIT_CODE and (tmp_path / "saved").exists()
+
+
+def fail_alone(args):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if torch.distributed.get_rank():
+        raise KeyError("its own")
+    time.sleep(600)
+
+
+def test_the_first_to_fail_is_named_and_one_that_hangs_is_killed():
+    args = {"num_gpus": 2, "num_machines": 1, "machine_rank": 0, "dist_url": "auto"}
+    with pytest.raises(SystemExit, match="KeyError: 'its own'(?s:.*)worker 1 failed, see above"):
+        launch(fail_alone, Namespace(**args), None)
 
 
 def all_of(processes):
