@@ -205,7 +205,10 @@ def check(cfg: DictConfig, num_workers: int, eval_only: bool = False) -> None:
         hint = did_you_mean(str(name), TRAIN_KEYS)
         off = OmegaConf.is_dict(node) and node.get("enabled") is False  # as detrex's clip_grad
         if name not in TRAIN_KEYS and hint != "." and not off:
-            raise ValueError(f"train.{name}: there is no such key{hint}")
+            raise ValueError(
+                f"train.{name}: there is no such key{hint} Where a project's own training script "
+                "reads it, train with that script."
+            )
     settings = check_keys(cfg)
     enabled = cfg.agvm.get("enabled", True)
     if enabled and settings.start_iter < 0 and settings.schedule != "gain":

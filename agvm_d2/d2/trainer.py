@@ -191,17 +191,25 @@ class AGVMTrainerMixin(_Trainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
-        theirs, clip = cfg, cfg.SOLVER.CLIP_GRADIENTS
-        relative = clip.ENABLED and clip.CLIP_TYPE == "relative"
-        if relative:  # which Detectron2's clipping, and the project's own, do not know
-            theirs = cfg.clone()
-            theirs.defrost()
-            theirs.SOLVER.CLIP_GRADIENTS.ENABLED = False
-        with patched(defaults, "build_optimizer", unsplit_optimizer):
-            optimizer = super().build_optimizer(theirs, model)
-        if relative:
+        clip, optimizer = cfg.SOLVER.CLIP_GRADIENTS, None
+        if not (clip.ENABLED and clip.CLIP_TYPE == "relative"):
+            try:
+                optimizer = cls._their_optimizer(cfg, model)
+            except ValueError as error:
+                if "GradientClipType" not in str(error) or clip.CLIP_TYPE != "full_model":
+                    raise
+        if optimizer is None:  # a type that only this package's clipping knows
+            unclipped = cfg.clone()
+            unclipped.defrost()
+            unclipped.SOLVER.CLIP_GRADIENTS.ENABLED = False
+            optimizer = cls._their_optimizer(unclipped, model)
             clip_by_config(cfg, optimizer, model)
         return prepare_optimizer(cfg, optimizer, model)
+
+    @classmethod
+    def _their_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+        with patched(defaults, "build_optimizer", unsplit_optimizer):
+            return super().build_optimizer(cfg, model)
 
     @classmethod
     def build_lr_scheduler(

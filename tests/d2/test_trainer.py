@@ -290,12 +290,20 @@ def test_a_projects_detectron2_clipping_is_kept(tmp_path):
     assert type(trainer.optimizer).__name__ == "SGDWithGradientClip"
     assert (agvm_hook(trainer).modulator.factors[1:] != 1).all()
     # Which Detectron2's does not know.
-    cfg = toy_config(tmp_path / "b", SOLVER__CLIP_GRADIENTS__ENABLED=True, **MICRO)
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "relative"
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 4.0
+    cfg.OUTPUT_DIR = str(tmp_path / "b")
     trainer = train(cfg, Trainer)
     assert type(trainer.optimizer) is torch.optim.SGD
     assert trainer.optimizer.param_groups[0]["average_norm_2"][1] == trainer.iter
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1e-9  # nothing moves
+    cfg.SOLVER.WEIGHT_DECAY = 0.0
+    cfg.OUTPUT_DIR = str(tmp_path / "c")
+    trainer = Trainer(cfg)
+    before = weights(trainer)
+    trainer.train()
+    assert all(torch.allclose(before[k], v, atol=1e-7) for k, v in weights(trainer).items())
 
 
 def test_a_copy_of_detectron2s_trainer_is_refused():
