@@ -317,9 +317,8 @@ def test_the_same_signal_again_ends_at_once(monkeypatch):
 
 DEAF = """
 import signal
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also of the threads that come now
 from agvm_d2.d2.preemption import end_by
-
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 end_by(signal.SIGTERM)
 """
 
