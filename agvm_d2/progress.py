@@ -164,7 +164,7 @@ def check_scheduler(scheduler: Any) -> None:
         at(1.75)
         found += [at(1.25), at(1.25, 2.0)]
         if scheduler.last_epoch != 1.25 or hasattr(scheduler, "_schedulers"):
-            found = [None]  # it counts elsewhere, or those inside it do, flat at first
+            found.append(None)  # it counts elsewhere, or those inside it do, flat at first
     except Exception as error:  # such as a table with a row for each iteration
         found = [error, None]
     finally:
@@ -172,7 +172,7 @@ def check_scheduler(scheduler: Any) -> None:
         vars(scheduler).update(before)
         for group, lr in zip(groups, lrs, strict=True):
             group["lr"] = lr
-    if not groups or found == [None] or any(rates != found[0] for rates in found):
+    if not groups or any(rates != found[0] for rates in found):
         raise ValueError(
             f"AGVM.SCHEDULE gain: the LR scheduler {type(scheduler).__name__} counts iterations "
             "one by one, but progress is no whole number. Use one whose rates follow from "
