@@ -347,10 +347,10 @@ class AGVM:
         if moments is not None:
             self.modulator.update(moments)
             self._progress.update(moments)
-            self.measured = True
+            finite = bool(moments.mean_sq.isfinite().all())
             # Again where it overflowed, as a GradScaler's first do.
-            self._wanted = not bool(moments.mean_sq.isfinite().all())
-            accumulates = not stepping and bool(moments.mean_sq.isfinite().all())
+            self.measured, self._wanted = True, not finite
+            accumulates = not stepping and finite
         if (moments is None or accumulates) and not self._warned:
             self._warned = True
             logger.warning(
