@@ -178,13 +178,13 @@ class PreemptionHook(HookBase):
         self._checkpointer = checkpointer
         self._sharded = is_sharded(checkpointer.model)
         self._signals = SignalCatcher(self._on_signal)
-        self._leaving = self._evaluating = self._over = False
+        self._leaving = self._evaluating = self.over = False
         self._agreed = 0  # the signal, once all workers know of it
         self._flag: torch.Tensor | None = None
         self._work: Any = None
 
     def before_train(self) -> None:
-        self._leaving = self._evaluating = self._over = False
+        self._leaving = self._evaluating = self.over = False
         self._work, self._agreed = None, 0
         if comm.get_world_size() > 1:
             _cpu_group(dist.group.WORLD)  # all workers must come: not at the first signal
@@ -193,7 +193,7 @@ class PreemptionHook(HookBase):
         self._signals.install()
 
     def after_train(self) -> None:
-        self._over = True  # but for an evaluation in a later hook
+        self.over = True  # but for an evaluation in a later hook
         self.restore_signals()
 
     def restore_signals(self) -> None:
@@ -272,13 +272,13 @@ class PreemptionHook(HookBase):
             try:
                 return evaluate_until_signal()
             finally:
-                if self._over:
+                if self.over:
                     self.restore_signals()
 
         def evaluate_until_signal() -> Any:
             self._agreed = self._agreed or self._answer()
             if self._agreed:
-                return self._leave() if self._over else None
+                return self._leave() if self.over else None
             results, aborted = None, False
             try:
                 # In a forward pass of a sharded model the workers wait for each other: none leaves.
@@ -300,7 +300,7 @@ class PreemptionHook(HookBase):
                 if not self._signals.signum:
                     raise
                 self._leave(alone=True)
-            if self._agreed and self._over:
+            if self._agreed and self.over:
                 self._leave()
             return results  # hooks registered later still have their part of the iteration to do
 

@@ -299,12 +299,11 @@ class AGVMTrainerMixin(_Trainer):
         return [preemption, AgreementHook(self.model), *built]
 
     def train(self) -> Any:
-        self._after_train_ran = False
         try:
             with ends_when_done():
                 return super().train()
         except TrainingDone:  # of a loop of the project's own
-            if not self._after_train_ran:
+            if self._preemption and not self._preemption.over:
                 with self.storage:
                     self.after_train()
             results = getattr(self, "_last_eval_results", None)
@@ -316,10 +315,6 @@ class AGVMTrainerMixin(_Trainer):
                 self._record.release()
             if self._preemption:  # after_train may not have come
                 self._preemption.restore_signals()
-
-    def after_train(self) -> None:
-        self._after_train_ran = True
-        super().after_train()
 
     def after_step(self) -> None:
         super().after_step()
