@@ -510,14 +510,17 @@ class OwnLoop(DefaultTrainer):
         self.iter = self.start_iter
         with EventStorage(0) as self.storage:
             try:
-                self.before_train()
-                for i in range(self.start_iter, self.max_iter):
-                    self.iter = i
-                    self.before_step()
-                    self.run_step()
-                    self.after_step()
+                self.iterations()
             finally:
                 self.after_train()
+
+    def iterations(self):
+        self.before_train()
+        for i in range(self.start_iter, self.max_iter):
+            self.iter = i
+            self.before_step()
+            self.run_step()
+            self.after_step()
 
 
 class OwnLoopAndEnd(OwnLoop):
@@ -526,12 +529,7 @@ class OwnLoopAndEnd(OwnLoop):
     def train(self):
         self.iter = self.start_iter
         with EventStorage(0) as self.storage:
-            self.before_train()
-            for i in range(self.start_iter, self.max_iter):
-                self.iter = i
-                self.before_step()
-                self.run_step()
-                self.after_step()
+            self.iterations()
             self.after_train()
         return self._last_eval_results
 
